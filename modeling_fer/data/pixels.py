@@ -1,0 +1,109 @@
+"""Images decoded once to uint8 arrays, so that training never waits for a decoder."""
+
+import hashlib
+import io
+import itertools
+import os
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from numpy.lib.format import write_array_header_1_0
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+VERSION = 1  # part of every cache key: raise it when `decode` gives other pixels than before
+BATCH = 256
+
+
+def open_image(image: bytes | Image.Image) -> Image.Image:
+    """Return an image as RGB and upright, as `datasets` and the transformers pipelines hand it to a processor.
+
+    Raises:
+        OSError, SyntaxError, ValueError: PIL cannot read the bytes; see `UNREADABLE`.
+    """
+    opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+    return ImageOps.exif_transpose(opened).convert("RGB")
+
+
+# What PIL raises on damaged files, by format and by where the damage lies.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, Image.DecompressionBombError)
+
+
+def decode(image: bytes | Image.Image, size: int) -> np.ndarray:
+    """Decode one image to uint8 (3, size, size), with the pixels of the stock transformers processor.
+
+    That is a bilinear resize by PIL (`resample=2`) to a square, before any rescaling or normalisation.
+    """
+    rgb = open_image(image)
+    if rgb.size != (size, size):
+        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def decode_split(
+    dataset: Dataset, size: int, cache_dir: str | Path | None = None, show_progress: bool = True
+) -> np.ndarray:
+    """Decode the `image` column of a split to uint8 (N, 3, size, size).
+
+    With a `cache_dir` the array is a read-only memory map of a file there, found again by a later run on the same data.
+    The key is the data set's own fingerprint (stable between processes; it changes with the files and with every
+    `select` or `filter`). Processes that start together may each write the file; each puts a whole one in place.
+
+    Raises:
+        ValueError: an image cannot be decoded; the message names its row.
+    """
+    shape = (len(dataset), 3, size, size)
+    if cache_dir is None or not len(dataset):  # no memory map can be empty
+        pixels = np.empty(shape, np.uint8)
+        for start, batch in _batches(dataset, size, show_progress):
+            pixels[start : start + len(batch)] = batch
+        return pixels
+    key = hashlib.blake2b(f"{VERSION} {size} {dataset._fingerprint}".encode(), digest_size=12).hexdigest()
+    path = Path(cache_dir) / f"pixels-{size}-{key}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            # Plain writes, not writes into a memory map: on a full disk these raise, those kill the process.
+            with beside.open("wb") as file:
+                header = {"descr": np.dtype(np.uint8).str, "fortran_order": False, "shape": shape}
+                write_array_header_1_0(file, header)
+                for _, batch in _batches(dataset, size, show_progress):
+                    file.write(batch.tobytes())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r")
+
+
+def _batches(dataset: Dataset, size: int, show_progress: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the first row and the pixels (n, 3, size, size) of batch after batch.
+
+    Threads help because PIL decodes and resizes outside Python's lock.
+    """
+    encoded = dataset.select_columns(["image"]).cast_column("image", ImageFeature(decode=False)).with_format(None)
+
+    def work(row: int, cell: dict[str, Any]) -> np.ndarray:
+        try:
+            data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+            return decode(data, size)
+        except (*UNREADABLE, TypeError) as error:
+            raise ValueError(
+                f"row {row}: image {cell and cell['path'] or ''} cannot be decoded ({error}); "
+                "`fer data prepare` writes readable images only: prepare the data again"
+            ) from error
+
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(encoded), desc="decoding", unit="image", disable=not show_progress) as progress,
+    ):
+        for start in range(0, len(encoded), BATCH):
+            cells = encoded[start : start + BATCH]["image"]
+            yield start, np.stack(list(pool.map(work, itertools.count(start), cells)))
+            progress.update(len(cells))

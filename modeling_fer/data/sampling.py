@@ -1,0 +1,127 @@
+"""The labelled sampler: balanced over classes, weighted by feedback, identical for any number of processes."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+def class_quotas(probabilities: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers `(C,)` that sum to `total` and lie within one of `probabilities * total` (largest remainders)."""
+    exact = probabilities * total
+    quotas = np.floor(exact).astype(np.int64)
+    # Stable sort: equal remainders go to the lower class id, so that the result does not depend on the platform.
+    largest = np.argsort(-(exact - quotas), kind="stable")
+    quotas[largest[: total - quotas.sum()]] += 1
+    return quotas
+
+
+class DebiasFeedbackSampler(Sampler[int]):
+    """Indices of labelled examples, class by class in wanted proportions, cut by process.
+
+    A class `c` of `n_c` examples is drawn with probability proportional to `n_c * n_c**-alpha * w_c`: `alpha=1` is uniform over
+    classes, `alpha=0` natural. `w` are class weights, uniform until `set_class_weights` hands in others; they take effect when
+    the next round (pass over the data) starts. Within a class, examples come in random order and none comes again until all
+    have come.
+
+    The order of a round is a pure function of `(seed, epoch, w)`, whatever the number of processes: process `rank` takes every
+    `world_size`-th index of each global batch. Classes get their exact share of each round (to the nearest example), so a
+    natural round holds every example once when their number is a multiple of the batch size.
+
+    Args:
+        labels: class id of each example; ids that are negative are never drawn.
+        num_classes: number of classes `C`.
+        batch_size: examples of one global batch, over all processes and accumulation steps.
+        alpha: 0 to 1, how far sampling is pulled from natural to uniform.
+        seed: any non-negative integer.
+        rank, world_size: this process and how many there are.
+
+    Raises:
+        ValueError: a class without examples, or a batch that does not divide by the processes.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        num_classes: int,
+        batch_size: int,
+        alpha: float = 1.0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"global batch size {batch_size} must be a positive multiple of the {world_size} processes")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must lie between 0 (natural) and 1 (uniform over classes), got {alpha}")
+        labels = np.asarray(labels)
+        self.members = [np.flatnonzero(labels == c) for c in range(num_classes)]
+        self.counts = np.array([len(m) for m in self.members])
+        if empty := np.flatnonzero(self.counts == 0).tolist():
+            raise ValueError(f"classes {empty} have no examples to draw; leave them out of the model or add data")
+        self.batch_size, self.alpha, self.seed = batch_size, alpha, seed
+        self.rank, self.world_size = rank, world_size
+        self.class_weights = np.full(num_classes, 1 / num_classes)
+        self.epoch = 0
+        self.batches_done = 0  # of this epoch; an interrupted epoch goes on from here
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Global batches in one round."""
+        return -(-int(self.counts.sum()) // self.batch_size)
+
+    def class_probabilities(self) -> np.ndarray:
+        """Probability `(C,)` with which each class is drawn."""
+        weights = self.counts ** (1.0 - self.alpha) * self.class_weights
+        return weights / weights.sum()
+
+    def set_class_weights(self, weights: Sequence[float] | np.ndarray) -> None:
+        """Hand in class weights `(C,)`, positive and finite, the same on every process; call it between rounds.
+
+        Raises:
+            ValueError: wrong length or values.
+            RuntimeError: the current round has begun.
+        """
+        weights = np.asarray(weights, dtype=np.float64)
+        if weights.shape != self.class_weights.shape or not (np.isfinite(weights).all() and (weights > 0).all()):
+            raise ValueError(f"expected {len(self.class_weights)} positive finite class weights, got {weights}")
+        if self.batches_done:
+            raise RuntimeError(f"class weights change between rounds, but {self.batches_done} batches of this one are done")
+        self.class_weights = weights / weights.sum()
+
+    def global_order(self) -> np.ndarray:
+        """All indices of the current round in order, `(batches_per_epoch * batch_size,)`, for all processes together."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        quotas = class_quotas(self.class_probabilities(), self.batches_per_epoch * self.batch_size)
+        drawn = []
+        for members, quota in zip(self.members, quotas, strict=True):
+            passes = -(-int(quota) // len(members))
+            drawn += [rng.permutation(members) for _ in range(passes - 1)]
+            drawn.append(rng.permutation(members)[: quota - (passes - 1) * len(members)] if passes else members[:0])
+        return rng.permutation(np.concatenate(drawn))
+
+    def __iter__(self) -> Iterator[int]:
+        batches = self.global_order().reshape(-1, self.batch_size)[self.batches_done :]
+        yield from batches[:, self.rank :: self.world_size].ravel().tolist()
+
+    def __len__(self) -> int:
+        return (self.batches_per_epoch - self.batches_done) * self.batch_size // self.world_size
+
+    def advance(self) -> bool:
+        """Note that one global batch was trained on; True if that ended the round (the next one is then set up)."""
+        self.batches_done += 1
+        if self.batches_done < self.batches_per_epoch:
+            return False
+        self.epoch, self.batches_done = self.epoch + 1, 0
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Place in the data: epoch, batches done in it, class weights."""
+        return {"epoch": self.epoch, "batches_done": self.batches_done, "class_weights": self.class_weights.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the place that `state_dict` described."""
+        self.batches_done = 0
+        self.set_class_weights(state["class_weights"])
+        self.epoch, self.batches_done = state["epoch"], state["batches_done"]

@@ -1,0 +1,197 @@
+"""Figures of an evaluation, made without pyplot: no display is needed and no global state is touched."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
+
+from modeling_fer.evaluation.metrics import ReliabilityBins, confusion_scores, write_whole
+from modeling_fer.labels import CLASSES
+
+DPI = 150
+Curve = tuple[list[int], list[float]]  # steps, values
+
+BLUE, ORANGE, GREY, GREEN = "#2f6db3", "#d9792b", "#8a8f98", "#3a8f5c"
+
+
+def confusion_matrix_figure(
+    matrix: ArrayLike, class_names: Sequence[str] = CLASSES, title: str = "Confusion matrix"
+) -> Figure:
+    """Draw a confusion matrix: colour and percent are shares of the true class, small numbers are counts.
+
+    Args:
+        matrix: (C, C) counts, rows = truth.
+        class_names: the C names. A class that never occurs in the truth has an empty row.
+        title: words before the macro F1.
+
+    Raises:
+        ValueError: the matrix is not (C, C).
+    """
+    counts = np.asarray(matrix)
+    num_classes = len(class_names)
+    if counts.shape != (num_classes, num_classes):
+        raise ValueError(f"matrix: expected shape ({num_classes}, {num_classes}), got {counts.shape}")
+    support = counts.sum(1)
+    share = counts / np.maximum(support, 1)[:, None]
+    scores = confusion_scores(counts)
+
+    side = 2.6 + 0.78 * num_classes
+    figure = Figure(figsize=(side + 0.7, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(num_classes, num_classes):
+        if not support[row]:
+            continue
+        ink = "white" if share[row, column] > 0.55 else "#1f2933" if counts[row, column] else "#aab2bd"
+        weight = "bold" if row == column else "normal"
+        centred: dict[str, Any] = {"ha": "center", "va": "center", "color": ink}
+        axes.text(column, row - 0.12, f"{share[row, column]:.0%}", weight=weight, **centred)
+        axes.text(column, row + 0.24, f"{counts[row, column]:,}", fontsize=7, **centred)
+    axes.set_xticks(range(num_classes), class_names, rotation=35, ha="right", rotation_mode="anchor")
+    names = [f"{name}\nn = {total:,}" for name, total in zip(class_names, support, strict=True)]
+    axes.set_yticks(range(num_classes), names)
+    axes.set_xticks(np.arange(num_classes + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(num_classes + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("Predicted")
+    axes.set_ylabel("True")
+    f1, accuracy = float(scores["macro_f1"]), float(scores["accuracy"])
+    axes.set_title(f"{title}: macro F1 {f1:.3f}, accuracy {accuracy:.3f}", pad=12)
+    bar = figure.colorbar(image, ax=axes, shrink=0.75, pad=0.02, format=PercentFormatter(1))
+    bar.set_label("Share of the true class")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def reliability_figure(bins: ReliabilityBins, title: str = "Reliability") -> Figure:
+    """Draw accuracy against confidence (calibrated: the diagonal), and the share of examples in each bin."""
+    width = np.diff(bins.edges)
+    middle = bins.edges[:-1] + width / 2
+    filled = bins.counts > 0
+
+    figure = Figure(figsize=(5.2, 6.2), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2, label="calibrated", zorder=3)
+    heights = bins.accuracy[filled]
+    axes.bar(middle[filled], heights, width[filled] * 0.94, color=BLUE, label="accuracy", zorder=2)
+    dots: dict[str, Any] = {"color": "white", "markeredgecolor": "#173b63", "markersize": 5, "zorder": 4}
+    axes.plot(bins.confidence[filled], heights, "o", label="at mean confidence", **dots)
+    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="Accuracy")
+    axes.set_title(f"{title}: ECE {bins.ece:.3f}, {int(bins.counts.sum()):,} examples", pad=10)
+    axes.legend(loc="upper left", frameon=False)
+    below.bar(middle, bins.counts / max(bins.counts.sum(), 1), width * 0.94, color=GREY, zorder=2)
+    below.set(xlabel="Confidence (highest probability)", ylabel="Examples")
+    below.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    below.yaxis.set_major_locator(MaxNLocator(3))
+    _tidy(axes)
+    _tidy(below)
+    return figure
+
+
+def learning_curve_figure(history: Sequence[Mapping[str, Any]], title: str = "Learning curve") -> Figure:
+    """Draw a run over its optimizer steps: training loss, learning rate, and the validation scores.
+
+    Args:
+        history: rows in any order, each with `step`. Training rows have `loss` and perhaps `lr`; evaluation
+            rows have `validation/macro_f1` and perhaps `validation/accuracy`. What is missing is not drawn,
+            and a value that is not finite leaves a gap. A resumed run may repeat a step: the later row
+            counts.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: a row has no step, or there is nothing to draw.
+    """
+    for row in history:
+        if "step" not in row:
+            raise ValueError(f"history: expected every row to have 'step', got {dict(row)}")
+    names = ("loss", "lr", "validation/macro_f1", "validation/accuracy")
+    loss, lr, f1, accuracy = (_curve(history, name) for name in names)
+    has_training, has_scores = bool(loss[0] or lr[0]), bool(f1[0] or accuracy[0])
+    panels = has_training + has_scores
+    if not panels:
+        raise ValueError(f"history: expected one of {', '.join(names)}, got none in {len(history)} rows")
+
+    figure = Figure(figsize=(7.2, 0.9 + 2.8 * panels), layout="constrained")
+    rows = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+    if has_training:
+        _draw_training(rows[0], loss, lr)
+    if has_scores:
+        _draw_scores(rows[-1], f1, accuracy)
+    rows[0].set_title(title, pad=10)
+    rows[-1].set_xlabel("Step")
+    rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, whole or not at all; equal figures make equal files."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    write_whole(path, buffer.getvalue())
+
+
+def _curve(history: Sequence[Mapping[str, Any]], name: str) -> Curve:
+    points = {int(row["step"]): float(row[name]) for row in history if row.get(name) is not None}
+    steps = sorted(points)
+    return steps, [points[step] for step in steps]
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Average over the nearest 5 % of points on either side: the eye sees the trend, not the batch noise."""
+    half = math.ceil(len(values) / 20)
+    windows = (np.asarray(values[max(i - half, 0) : i + half + 1]) for i in range(len(values)))
+    return [float(w[np.isfinite(w)].mean()) if np.isfinite(w).any() else math.nan for w in windows]
+
+
+def _draw_training(axes: Axes, loss: Curve, lr: Curve) -> None:
+    lines = []
+    if len(loss[0]) >= 40:
+        axes.plot(*loss, color=BLUE, alpha=0.3, linewidth=1)
+        lines += axes.plot(
+            loss[0], _smooth(loss[1]), color=BLUE, linewidth=1.8, label="training loss (smoothed)"
+        )
+    elif loss[0]:
+        lines += axes.plot(*loss, color=BLUE, linewidth=1.8, label="training loss")
+    _tidy(axes)
+    if loss[0]:
+        axes.set_ylabel("Loss")
+    if lr[0]:
+        right = axes.twinx() if loss[0] else axes
+        lines += right.plot(*lr, color=GREY, linestyle="--", linewidth=1.2, label="learning rate")
+        right.set_ylabel("Learning rate")
+        right.set_ylim(bottom=0)
+        right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+        right.spines[["top"]].set_visible(False)
+    axes.legend(handles=lines, loc="upper right", frameon=False)
+
+
+def _draw_scores(axes: Axes, f1: Curve, accuracy: Curve) -> None:
+    if f1[0]:
+        axes.plot(*f1, color=ORANGE, marker="o", markersize=4, linewidth=1.8, label="macro F1")
+        finite = [(value, step) for step, value in zip(*f1, strict=True) if math.isfinite(value)]
+        if finite:
+            value, step = max(finite)
+            axes.plot(step, value, "o", markersize=10, markerfacecolor="none", markeredgecolor=ORANGE)
+            offset: dict[str, Any] = {"xytext": (0, -17), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"best {value:.3f}", (step, value), color=ORANGE, weight="bold", **offset)
+    if accuracy[0]:
+        axes.plot(*accuracy, color=GREEN, marker="s", markersize=3.5, linewidth=1.4, label="accuracy")
+    axes.set_ylabel("Validation score")
+    axes.set_ylim(0, 1)
+    axes.legend(loc="lower right", frameon=False)
+    _tidy(axes)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e3e6ea", linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)

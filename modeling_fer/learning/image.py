@@ -1,0 +1,166 @@
+"""Stage `image`: a classifier of single faces from labelled stills."""
+
+import contextlib
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import DatasetDict
+from peft import PeftModel
+from torch import nn
+from transformers import AutoImageProcessor, ViTConfig, ViTImageProcessor
+
+from modeling_fer import FerConfig, FerForImageClassification
+from modeling_fer.data import schema
+from modeling_fer.data.augment import AUGMENTATIONS, Normalize, View
+from modeling_fer.data.dataset import FaceDataset
+from modeling_fer.data.pixels import decode_split
+from modeling_fer.data.sampling import DebiasFeedbackSampler
+from modeling_fer.evaluation.metrics import compute_metrics
+from modeling_fer.labels import CLASSES, IGNORE
+from modeling_fer.learning.adapters import add_lora, merge_lora, save_adapter
+from modeling_fer.learning.arguments import FerTrainingArguments
+from modeling_fer.learning.inference import class_names, over_all_classes, predict_probabilities
+from modeling_fer.learning.stage import Stage
+from modeling_fer.learning.step import SupervisedStep
+
+
+def labelled_rows(data: DatasetDict, split: str, folder: str) -> Any:
+    """The rows of a split that carry a label.
+
+    Raises:
+        ValueError: the data set has no such split, or it holds no label.
+    """
+    if split not in data:
+        raise ValueError(f"{folder} has no {split} split (it has {', '.join(data)}); prepare the data with one")
+    rows = np.flatnonzero(np.asarray(data[split].with_format("numpy")["expression"][:]) != IGNORE)
+    if not len(rows):
+        raise ValueError(f"{folder}: no row of the {split} split has a label; training needs labelled faces there")
+    return data[split] if len(rows) == len(data[split]) else data[split].select(rows)
+
+
+def choose_classes(expressions: np.ndarray, rule: str, folder: str) -> list[str]:
+    """Names of the model's classes: all eight, or those with training rows.
+
+    Raises:
+        ValueError: rule `all`, and a class has no training row.
+    """
+    counts = np.bincount(expressions, minlength=len(CLASSES))
+    empty = [name for name, n in zip(CLASSES, counts, strict=True) if n == 0]
+    if rule == "all" and empty:
+        raise ValueError(
+            f"{folder}: no training rows of {', '.join(empty)}; add some, or pass --classes present for a model without"
+        )
+    return [name for name in CLASSES if name not in empty]
+
+
+def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForImageClassification:
+    """A classifier on a pretrained encoder, or on a new ViT."""
+    options = {
+        "pooling": arguments.pooling,
+        "classifier_dropout": arguments.dropout,
+        "id2label": dict(enumerate(classes)),
+        "image_size": arguments.image_size or None,
+    }
+    if arguments.encoder:
+        return FerForImageClassification.from_encoder_pretrained(arguments.encoder, **options)
+    encoder_config = ViTConfig(
+        image_size=arguments.image_size or 112,
+        patch_size=arguments.patch_size,
+        hidden_size=arguments.hidden_size,
+        num_hidden_layers=arguments.num_layers,
+        num_attention_heads=arguments.num_heads,
+        intermediate_size=4 * arguments.hidden_size,
+        initializer_range=arguments.initializer_range,
+    )
+    return FerForImageClassification(FerConfig(encoder_config=encoder_config, **options))
+
+
+def build_processor(arguments: FerTrainingArguments, image_size: int) -> Any:
+    """A stock image processor: resize to the model's square, normalise as the encoder was trained, else to [-1, 1]."""
+    mean = std = [0.5, 0.5, 0.5]
+    if arguments.encoder:
+        # Encoders without a processor (a bare folder of weights) were trained with our own normalisation, or say otherwise.
+        with contextlib.suppress(OSError):
+            known = AutoImageProcessor.from_pretrained(arguments.encoder)
+            mean, std = known.image_mean, known.image_std
+    return ViTImageProcessor(size={"height": image_size, "width": image_size}, image_mean=mean, image_std=std)
+
+
+def freeze_unused(model: nn.Module, image_size: int) -> list[str]:
+    """Freeze parameters that no output depends on (mask tokens, unused poolers), and name them.
+
+    Data-parallel training waits for the gradient of every trainable parameter. They are found by looking: one backward pass.
+    """
+    model(pixel_values=torch.zeros(2, 3, image_size, image_size)).logits.sum().backward()
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    for name in unused:
+        model.get_parameter(name).requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    return unused
+
+
+def image_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> Stage:
+    """Set up supervised training of a still-image classifier."""
+    data = schema.load(arguments.data)
+    train, validation = (labelled_rows(data, split, arguments.data) for split in ("train", "validation"))
+    expressions = np.asarray(train.with_format("numpy")["expression"][:])
+    classes = choose_classes(expressions, arguments.classes, arguments.data)
+
+    model = build_model(arguments, classes)
+    image_size = model.config.image_size
+    processor = build_processor(arguments, image_size)
+    freeze_unused(model, image_size)
+    trained: nn.Module = model
+    if arguments.lora_rank:
+        trained = add_lora(model, arguments.lora_rank, arguments.lora_targets, arguments.lora_alpha or None)
+
+    decode = partial(
+        decode_split,
+        size=image_size,
+        cache_dir=arguments.cache_dir or Path(arguments.data) / "cache",
+        show_progress=accelerator.is_main_process,
+    )
+    with accelerator.main_process_first():
+        pixels, validation_pixels = decode(train), decode(validation)
+    soft_labels = train["soft_label"][:] if arguments.soft_labels else None
+    dataset = FaceDataset(pixels, expressions, soft_labels, classes)
+    validation_labels = np.asarray(validation.with_format("numpy")["expression"][:])
+
+    sampler = DebiasFeedbackSampler(
+        dataset.labels,
+        len(classes),
+        arguments.batch_size,
+        arguments.sampling_alpha,
+        arguments.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    mean, std = processor.image_mean, processor.image_std
+    view = View(AUGMENTATIONS[arguments.augmentation](arguments.erasing), mean, std).to(accelerator.device)
+    bf16 = arguments.precision == "bf16"
+
+    def make_step(prepared: nn.Module) -> SupervisedStep:
+        autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
+        return SupervisedStep(prepared, view, autocast, arguments.label_smoothing, arguments.soft_labels)
+
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        normalize = Normalize(mean, std)
+        found = predict_probabilities(model, validation_pixels, normalize, arguments.eval_batch_size, accelerator)
+        found = over_all_classes(found, class_names(model))
+        metrics = compute_metrics(validation_labels, found.argmax(-1), found, bootstrap_samples=0)
+        keys = ("macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy", "ece", "nll")
+        return {key: metrics[key] for key in keys}
+
+    def save(model: nn.Module, folder: Path) -> None:
+        model = copy.deepcopy(model)
+        if isinstance(model, PeftModel):
+            save_adapter(model, folder / "adapter")
+        merge_lora(model).save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return Stage(trained, dataset, sampler, make_step, evaluate, "macro_f1", save)

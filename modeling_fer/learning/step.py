@@ -1,0 +1,77 @@
+"""Training steps: each turns a batch into gradients and numbers to log. The loop knows nothing of what they do inside."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+Batch = dict[str, torch.Tensor]
+Logs = dict[str, torch.Tensor]
+
+
+class Step(Protocol):
+    """What the training loop asks of a method."""
+
+    def __call__(self, batch: Batch, backward: Callable[[torch.Tensor], None]) -> Logs:
+        """Compute losses of one batch and call `backward` on what is to be minimised.
+
+        The loop owns gradient clipping, the optimizer and the schedule of the main model; a step may own further models and
+        optimizers, which then belong to its state. Returns detached scalars to log; one is called `loss`.
+        """
+
+    def end_round(self) -> np.ndarray | None:
+        """Called when the labelled data has been passed over: class weights `(C,)` for the next round, or None to keep them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state that decides the next step."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+
+
+class SupervisedStep:
+    """Cross-entropy on weak views of labelled faces.
+
+    Args:
+        model: classifier, prepared for its device; called with `pixel_values`, returns `logits`.
+        view: uint8 images to normalised views, on the device.
+        autocast: makes the context in which the forward pass runs.
+        label_smoothing: share of each target that is spread over all classes.
+        soft_labels: use `batch["targets"]` (distributions) instead of `batch["labels"]`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        view: nn.Module,
+        autocast: Callable[[], Any],
+        label_smoothing: float = 0.0,
+        soft_labels: bool = False,
+    ) -> None:
+        self.model, self.view, self.autocast = model, view, autocast
+        self.label_smoothing = label_smoothing
+        self.target = "targets" if soft_labels else "labels"
+
+    def __call__(self, batch: Batch, backward: Callable[[torch.Tensor], None]) -> Logs:
+        """See `Step`. Batch: `pixels` uint8 `(B, 3, H, W)`, and `labels` `(B,)` or `targets` `(B, C)`."""
+        views = self.view(batch["pixels"])
+        with self.autocast():
+            logits = self.model(pixel_values=views).logits
+        loss = nn.functional.cross_entropy(
+            logits.float(), batch[self.target], label_smoothing=self.label_smoothing
+        )
+        backward(loss)
+        accuracy = (logits.argmax(-1) == batch["labels"]).float().mean()
+        return {"loss": loss.detach(), "accuracy": accuracy.detach()}
+
+    def end_round(self) -> None:
+        """Supervised learning has nothing to feed back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """There is none."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is none."""

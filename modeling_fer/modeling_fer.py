@@ -1,0 +1,177 @@
+"""Facial-expression models: a vision encoder from transformers, pooled to one feature vector a face, and heads on it."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from .configuration_fer import FerConfig
+
+# Which class each Auto class loads for people without the package (`trust_remote_code=True`).
+AUTO_MAP = {
+    "AutoConfig": "configuration_fer.FerConfig",
+    "AutoModel": "modeling_fer.FerModel",
+    "AutoModelForImageClassification": "modeling_fer.FerForImageClassification",
+}
+IGNORE_INDEX = -1  # label of an example that does not count
+
+
+def build_encoder(config: Any, pooling: str) -> nn.Module:
+    """Build the encoder of a configuration, without a pooling layer of its own where nothing would use it.
+
+    Parameters that no output depends on would break data-parallel training, which waits for every gradient.
+    """
+    options = {}
+    architecture = MODEL_MAPPING.get(type(config), None)
+    if architecture is not None and "add_pooling_layer" in inspect.signature(architecture.__init__).parameters:
+        options["add_pooling_layer"] = pooling == "pooler"
+    return AutoModel.from_config(config, **options)
+
+
+def count_patches(config: Any, pixel_values: torch.Tensor) -> int:
+    """Number of patch tokens that the encoder makes of images `(B, C, H, W)`."""
+    patch = config.patch_size
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return (pixel_values.shape[-2] // height) * (pixel_values.shape[-1] // width)
+
+
+class FerPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving of all facial-expression models."""
+
+    config_class = FerConfig
+    base_model_prefix = "fer"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def save_pretrained(self, save_directory: Any, **kwargs):
+        """Save weights, configuration and, from the package, the code for every Auto class (not only this model's own)."""
+        if self._auto_class is not None:
+            self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_encoder_pretrained(cls, name_or_path: str, **config_options):
+        """Build a model around pretrained encoder weights; pooling norm and classifier start new.
+
+        Args:
+            name_or_path: a Hub id or folder of a vision encoder, of a CLIP or SigLIP pair (its vision tower is taken), or of
+                a facial-expression model (its encoder is taken).
+            config_options: fields of `FerConfig` other than `encoder_config`.
+
+        Raises:
+            ValueError: the folder's configuration is not that of a vision encoder.
+        """
+        source = AutoConfig.from_pretrained(name_or_path)
+        if isinstance(source, FerConfig):
+            encoder = FerModel.from_pretrained(name_or_path).encoder
+        else:
+            config = getattr(source, "vision_config", source)
+            architecture = MODEL_MAPPING.get(type(config), None)
+            if architecture is None:
+                raise ValueError(f"{name_or_path}: {type(config).__name__} is not a vision encoder that AutoModel can build")
+            encoder = architecture.from_pretrained(name_or_path, config=config)
+        model = cls(FerConfig(encoder_config=encoder.config, **config_options))
+        # strict=False: an encoder may bring a pooling layer that this pooling does not use. Nothing of ours may be missing.
+        missing, _ = model.get_submodule(f"{'' if cls is FerModel else 'fer.'}encoder").load_state_dict(
+            encoder.state_dict(), strict=False
+        )
+        if missing:
+            raise ValueError(f"{name_or_path} lacks encoder weights: {', '.join(missing[:5])}")
+        return model
+
+
+class FerModel(FerPreTrainedModel):
+    """Images of faces to feature vectors: encoder, pooling, layer norm."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]  # noqa: RUF012, loading features from a classifier is usual
+
+    def __init__(self, config: FerConfig):
+        super().__init__(config)
+        self.encoder = build_encoder(config.encoder_config, config.pooling)
+        self.norm = nn.LayerNorm(config.encoder_config.hidden_size)
+        native = config.encoder_config.image_size
+        self.native_size = (native, native) if isinstance(native, int) else tuple(native)
+        self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.encoder.forward).parameters
+        self.post_init()
+
+    def pool(self, encoded: Any, patches: int) -> torch.Tensor:
+        """Pool encoder output to `(B, D)`; `patches` is the number of patch tokens, which stand last in the sequence."""
+        if self.config.pooling == "pooler":
+            if getattr(encoded, "pooler_output", None) is None:
+                raise ValueError(f"pooling='pooler', but {type(self.encoder).__name__} has no pooler; use 'mean' or 'cls'")
+            return encoded.pooler_output
+        tokens = encoded.last_hidden_state
+        if self.config.pooling == "mean":
+            return tokens[:, -patches:].mean(dim=1)
+        if tokens.shape[1] == patches:
+            raise ValueError(f"pooling='cls', but {type(self.encoder).__name__} has no class token; use 'mean'")
+        return tokens[:, 0]
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Encode faces.
+
+        Args:
+            pixel_values: `(B, 3, H, W)`, scaled and normalised by the checkpoint's image processor.
+            kwargs: passed to the encoder (`output_hidden_states`, `output_attentions`, ...).
+
+        Returns:
+            `last_hidden_state` `(B, tokens, D)` and `pooler_output` `(B, D)`, the features of each face.
+        """
+        kwargs["return_dict"] = True
+        if self.interpolates and tuple(pixel_values.shape[-2:]) != self.native_size:
+            kwargs["interpolate_pos_encoding"] = True
+        encoded = self.encoder(pixel_values=pixel_values, **kwargs)
+        features = self.norm(self.pool(encoded, count_patches(self.config.encoder_config, pixel_values)))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=features,
+            hidden_states=encoded.get("hidden_states"),
+            attentions=encoded.get("attentions"),
+        )
+
+
+class FerForImageClassification(FerPreTrainedModel):
+    """Expression of single face crops."""
+
+    def __init__(self, config: FerConfig):
+        super().__init__(config)
+        self.fer = FerModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.encoder_config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool = True, **kwargs
+    ) -> ImageClassifierOutput | tuple:
+        """Classify faces.
+
+        Args:
+            pixel_values: `(B, 3, H, W)`, scaled and normalised by the checkpoint's image processor.
+            labels: class ids `(B,)`, -1 where an example does not count, or class probabilities `(B, C)`.
+            return_dict: return an `ImageClassifierOutput` rather than a tuple.
+            kwargs: passed to the encoder.
+
+        Returns:
+            `logits` `(B, C)` and, with `labels`, the mean cross-entropy `loss` of the examples that count (0 if none does).
+        """
+        encoded = self.fer(pixel_values, **kwargs)
+        logits = self.classifier(self.dropout(encoded.pooler_output))
+        loss = None
+        if labels is not None:
+            losses = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+            counted = losses.new_tensor(len(labels)) if labels.ndim == 2 else (labels != IGNORE_INDEX).sum()
+            loss = losses.sum() / counted.clamp(min=1)
+        output = ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
+        return output if return_dict else output.to_tuple()
+
+
+__all__ = ["FerForImageClassification", "FerModel"]

@@ -1,0 +1,248 @@
+"""Train a facial-expression model: `accelerate launch train.py --config configs/demo.yaml [--any_field value]`.
+
+One loop for every stage and method. A stage (learning/<stage>.py) brings model, data, step and judge; a step turns a batch into
+gradients; the loop owns time: order, optimizer, schedule, averages, evaluation, checkpoints.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+from transformers.utils import logging
+
+from modeling_fer.data.dataset import as_batch
+from modeling_fer.evaluation import plots
+from modeling_fer.learning.arguments import FerTrainingArguments, parse_arguments
+from modeling_fer.learning.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, write_folder
+from modeling_fer.learning.image import image_stage
+from modeling_fer.learning.stage import Stage
+
+STAGES = {"image": image_stage}
+
+
+# --- Parts -----------------------------------------------------------------------------------------------------------
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """`auto` to bf16 where the device has instructions for it (slower elsewhere), else no."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "no"
+    return "bf16" if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def build_optimizer(model: nn.Module, arguments: FerTrainingArguments) -> torch.optim.AdamW:
+    """AdamW on what is trainable; weight decay on matrices, not on biases, norms, tokens and positions."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decays = {name: p.ndim >= 2 and "position" not in name and "token" not in name for name, p in trainable}
+    groups = [
+        {"params": [p for name, p in trainable if decays[name]], "weight_decay": arguments.weight_decay},
+        {"params": [p for name, p in trainable if not decays[name]], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def weight_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of the weights; its memory grows with the steps seen, up to that of `decay`."""
+
+    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], seen: torch.Tensor | int) -> None:
+        weight = 1 - min(decay, (1 + int(seen)) / (10 + int(seen)))
+        torch._foreach_lerp_(averaged, current, weight)
+
+    return AveragedModel(model, multi_avg_fn=average)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make all randomness of one step a pure function of its place, so that a resumed run draws what it would have drawn."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def batches(stage: Stage, size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches for this process without end: one round of the sampler after the other, from where it stands."""
+    loader = DataLoader(stage.dataset, size, sampler=stage.sampler, collate_fn=as_batch, pin_memory=device.type == "cuda")
+    while True:
+        for batch in loader:
+            yield {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+
+
+class History:
+    """The run's numbers by step, one JSON object a line; resuming drops what came after the checkpoint."""
+
+    def __init__(self, path: Path, step: int, is_main: bool) -> None:
+        self.path, self.is_main, self.rows = path, is_main, []
+        if is_main:
+            if path.exists() and step:
+                rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+                self.rows = [row for row in rows if row["step"] <= step]
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        if self.is_main:
+            self.rows.append(row)
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
+
+
+def train(arguments: FerTrainingArguments) -> dict[str, Any]:
+    """Train one stage to its end; returns the best evaluation.
+
+    Raises:
+        ValueError: bad data, arguments, or a checkpoint of another configuration.
+        FloatingPointError: the loss is no longer finite; the last checkpoint is good.
+    """
+    run = Path(arguments.output_dir)
+    accelerator = Accelerator(
+        mixed_precision="no",  # a step chooses where it autocasts; evaluation is in float32
+        log_with=None if arguments.tracker == "none" else arguments.tracker,
+        project_dir=str(run),
+    )
+    is_main, device = accelerator.is_main_process, accelerator.device
+    if not is_main:
+        logging.set_verbosity_error()
+    if device.type == "cpu":  # accelerate launch leaves one thread a process unless told otherwise
+        torch.set_num_threads(arguments.threads or max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+    arguments.precision = choose_precision(arguments.precision, device)
+    share = accelerator.num_processes * arguments.accumulation_steps
+    if arguments.batch_size % share:
+        raise ValueError(
+            f"--batch_size {arguments.batch_size} does not divide by {accelerator.num_processes} processes x "
+            f"{arguments.accumulation_steps} accumulation steps"
+        )
+    checkpoint = find_checkpoint(run, arguments.resume)
+    if checkpoint and (other := arguments.differences(json.loads((run / "arguments.json").read_text()))):
+        raise ValueError(f"{checkpoint} is of another configuration ({'; '.join(other)}); resume with the same, or use another --output_dir")
+    if not checkpoint and arguments.resume == "never" and (run / "history.jsonl").exists():
+        raise ValueError(f"{run} holds a run already; continue it with --resume auto, or choose another --output_dir")
+    accelerator.wait_for_everyone()
+
+    # Model, data and state
+    seed_step(arguments.seed, 0, 0)  # the same initial weights on every process
+    stage = STAGES[arguments.stage](arguments, accelerator)
+    total = arguments.max_steps or max(1, round(arguments.epochs * stage.sampler.batches_per_epoch))
+    average = weight_average(stage.model, arguments.ema_decay).to(device) if arguments.ema_decay else None
+    optimizer = build_optimizer(stage.model, arguments)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(arguments.warmup * total), total)
+    if arguments.compile:
+        stage.model.compile()
+    model, optimizer = accelerator.prepare(stage.model, optimizer)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    step = stage.make_step(model)
+    objects = {"schedule": schedule, "sampler": stage.sampler, "step": step}
+    if average is not None:
+        objects["average"] = average
+    state: dict[str, Any] = {"step": 0, "best": None}
+    if checkpoint:
+        state = load_checkpoint(accelerator, checkpoint, objects)
+        accelerator.print(f"resumed from {checkpoint}")
+    elif is_main:
+        run.mkdir(parents=True, exist_ok=True)
+        arguments.save(run / "arguments.json")
+    accelerator.init_trackers("logs", config=vars(arguments))
+    history = History(run / "history.jsonl", state["step"], is_main)
+    released = average.module if average is not None else stage.model
+
+    # The loop: each pass judges and saves what the steps so far have made, then takes one more
+    started_at, logged_at = state["step"], state["step"]
+    stream = batches(stage, arguments.batch_size // share, device)
+    sums: dict[str, torch.Tensor] = {}
+    clock = time.perf_counter()
+    bar = tqdm(total=total, initial=state["step"], desc=arguments.stage, unit="step", disable=not is_main)
+    while True:
+        now, last = state["step"], state["step"] == total
+        is_new = now > started_at
+
+        # Nothing is judged or saved before its loss was found finite.
+        if is_new and (last or any(now % n == 0 for n in (arguments.log_steps, arguments.eval_steps, arguments.save_steps))):
+            parts = {name: (value / (now - logged_at)).item() for name, value in accelerator.reduce(sums, "mean").items()}
+            if not all(map(math.isfinite, parts.values())):
+                raise FloatingPointError(
+                    f"the loss became {parts['loss']} between steps {logged_at} and {now}; the newest checkpoint in "
+                    f"{run / 'checkpoints'} is from before that: resume with a lower --learning_rate in a new --output_dir"
+                )
+            rate = (now - logged_at) * arguments.batch_size / (time.perf_counter() - clock)
+            row = {**parts, "learning_rate": schedule.get_last_lr()[0], "images_per_second": rate}
+            accelerator.log({f"train/{name}": value for name, value in row.items()}, step=now)
+            history.add({"step": now, "epoch": stage.sampler.epoch, **row})
+            bar.set_postfix(loss=f"{parts['loss']:.3f}", best=f"{state['best'] or 0:.3f}")
+            sums, logged_at, clock = {}, now, time.perf_counter()
+
+        if is_new and (now % arguments.eval_steps == 0 or last):
+            paused = time.perf_counter()
+            metrics = stage.evaluate(released)
+            accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=now)
+            history.add({"step": now, **{f"validation/{name}": value for name, value in metrics.items()}})
+            if state["best"] is None or metrics[stage.criterion] > state["best"]:
+                state |= {"best": metrics[stage.criterion], "best_step": now, "best_metrics": metrics}
+                if is_main:
+                    write_folder(run / "model", lambda folder: stage.save(released, folder))
+            clock += time.perf_counter() - paused
+
+        if is_new and (now % arguments.save_steps == 0 or last):
+            paused = time.perf_counter()
+            save_checkpoint(accelerator, run, state, objects, arguments.keep_checkpoints)
+            clock += time.perf_counter() - paused
+
+        if last:
+            break
+
+        parts_of_step = [next(stream) for _ in range(arguments.accumulation_steps)]
+        seed_step(arguments.seed, now + 1, accelerator.process_index)
+        for i, batch in enumerate(parts_of_step):
+            waits = i + 1 < len(parts_of_step)
+            with accelerator.no_sync(model) if waits else contextlib.nullcontext():
+                logs = step(batch, lambda loss: accelerator.backward(loss / len(parts_of_step)))
+            for name, value in logs.items():
+                sums[name] = sums.get(name, 0) + value / len(parts_of_step)
+        norm = nn.utils.clip_grad_norm_(trainable, arguments.max_grad_norm or math.inf)
+        sums["grad_norm"] = sums.get("grad_norm", 0) + norm.detach()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if average is not None:
+            average.update_parameters(stage.model)
+        if stage.sampler.advance() and (weights := step.end_round()) is not None:
+            stage.sampler.set_class_weights(weights)
+        state["step"] += 1
+        bar.update()
+
+    # What the run leaves
+    bar.close()
+    accelerator.end_training()
+    if is_main:
+        plots.save(plots.learning_curve_figure(history.rows), run / "learning_curve.png")
+        best = state["best_metrics"]
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in best.items())
+        print(f"best on validation, at step {state['best_step']} of {total}: {shown}\nmodel: {run / 'model'}")
+    return state
+
+
+def main() -> None:
+    """Run from the command line: what the user can mend is one line, not a traceback."""
+    try:
+        train(parse_arguments())
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
