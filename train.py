@@ -1,7 +1,8 @@
-"""Train a facial-expression model: `accelerate launch train.py --config configs/demo.yaml [--any_field value]`.
+"""Train a facial-expression model: `accelerate launch train.py --config FILE.yaml [--any_field value]`.
 
-One loop for every stage and method. A stage (learning/<stage>.py) brings model, data, step and judge; a step turns a batch into
-gradients; the loop owns time: order, optimizer, schedule, averages, evaluation, checkpoints.
+One loop for every stage and method. A stage (learning/<stage>.py) brings model, data, step and judge; a step
+turns a batch into gradients; the loop owns time: order, optimizer, schedule, averages, evaluation,
+checkpoints.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from modeling_fer.learning.stage import Stage
 STAGES = {"image": image_stage}
 
 
-# --- Parts -----------------------------------------------------------------------------------------------------------
+# --- Parts ---
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
@@ -44,7 +45,14 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     if device.type == "cpu":
         has = torch.cpu.get_capabilities()
         return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "no"
-    return "bf16" if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "no"
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def build_optimizer(model: nn.Module, arguments: FerTrainingArguments) -> torch.optim.AdamW:
@@ -59,9 +67,9 @@ def build_optimizer(model: nn.Module, arguments: FerTrainingArguments) -> torch.
 
 
 def weight_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of the weights; its memory grows with the steps seen, up to that of `decay`."""
+    """Exponential moving average of the weights; it looks back further as steps pass, up to `decay`."""
 
-    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], seen: torch.Tensor | int) -> None:
+    def average(averaged: Any, current: Any, seen: torch.Tensor | int) -> None:
         weight = 1 - min(decay, (1 + int(seen)) / (10 + int(seen)))
         torch._foreach_lerp_(averaged, current, weight)
 
@@ -69,16 +77,23 @@ def weight_average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make all randomness of one step a pure function of its place, so that a resumed run draws what it would have drawn."""
+    """Make the randomness of a step a pure function of its place: a resumed run draws what it would have."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def batches(stage: Stage, size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches for this process without end: one round of the sampler after the other, from where it stands."""
-    loader = DataLoader(stage.dataset, size, sampler=stage.sampler, collate_fn=as_batch, pin_memory=device.type == "cuda")
+    """Batches for this process without end: round after round of the sampler, from where it stands."""
+    loader = DataLoader(
+        stage.dataset, size, sampler=stage.sampler, collate_fn=as_batch, pin_memory=device.type == "cuda"
+    )
     while True:
         for batch in loader:
             yield {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+
+
+def shown(metrics: dict[str, float]) -> str:
+    """Numbers as one line of text."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
 
 
 class History:
@@ -100,7 +115,7 @@ class History:
                 file.write(json.dumps(row) + "\n")
 
 
-# --- The run ---------------------------------------------------------------------------------------------------------
+# --- The run ---
 
 
 def train(arguments: FerTrainingArguments) -> dict[str, Any]:
@@ -117,10 +132,10 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         project_dir=str(run),
     )
     is_main, device = accelerator.is_main_process, accelerator.device
-    if not is_main:
-        logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if device.type == "cpu":  # accelerate launch leaves one thread a process unless told otherwise
-        torch.set_num_threads(arguments.threads or max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+        torch.set_num_threads(arguments.threads or max(1, cpu_cores() // accelerator.num_processes))
     arguments.precision = choose_precision(arguments.precision, device)
     share = accelerator.num_processes * arguments.accumulation_steps
     if arguments.batch_size % share:
@@ -130,9 +145,14 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         )
     checkpoint = find_checkpoint(run, arguments.resume)
     if checkpoint and (other := arguments.differences(json.loads((run / "arguments.json").read_text()))):
-        raise ValueError(f"{checkpoint} is of another configuration ({'; '.join(other)}); resume with the same, or use another --output_dir")
+        raise ValueError(
+            f"{checkpoint} is of another configuration ({'; '.join(other)}); resume with the same, "
+            "or use another --output_dir"
+        )
     if not checkpoint and arguments.resume == "never" and (run / "history.jsonl").exists():
-        raise ValueError(f"{run} holds a run already; continue it with --resume auto, or choose another --output_dir")
+        raise ValueError(
+            f"{run} holds a run already; continue it with --resume auto, or choose another --output_dir"
+        )
     accelerator.wait_for_everyone()
 
     # Model, data and state
@@ -161,29 +181,35 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
     history = History(run / "history.jsonl", state["step"], is_main)
     released = average.module if average is not None else stage.model
 
+    def backward(loss: torch.Tensor) -> None:
+        accelerator.backward(loss / arguments.accumulation_steps)
+
     # The loop: each pass judges and saves what the steps so far have made, then takes one more
     started_at, logged_at = state["step"], state["step"]
     stream = batches(stage, arguments.batch_size // share, device)
     sums: dict[str, torch.Tensor] = {}
+    moments = (arguments.log_steps, arguments.eval_steps, arguments.save_steps)
     clock = time.perf_counter()
-    bar = tqdm(total=total, initial=state["step"], desc=arguments.stage, unit="step", disable=not is_main)
+    bar = tqdm(total=total, initial=state["step"], unit="step", disable=None if is_main else True)
     while True:
         now, last = state["step"], state["step"] == total
         is_new = now > started_at
 
         # Nothing is judged or saved before its loss was found finite.
-        if is_new and (last or any(now % n == 0 for n in (arguments.log_steps, arguments.eval_steps, arguments.save_steps))):
-            parts = {name: (value / (now - logged_at)).item() for name, value in accelerator.reduce(sums, "mean").items()}
+        if is_new and (last or any(now % n == 0 for n in moments)):
+            totals = accelerator.reduce(sums, "mean")
+            parts = {name: value.item() / (now - logged_at) for name, value in totals.items()}
             if not all(map(math.isfinite, parts.values())):
                 raise FloatingPointError(
-                    f"the loss became {parts['loss']} between steps {logged_at} and {now}; the newest checkpoint in "
-                    f"{run / 'checkpoints'} is from before that: resume with a lower --learning_rate in a new --output_dir"
+                    f"the loss became {parts['loss']} between steps {logged_at} and {now}; the newest "
+                    f"checkpoint in {run / 'checkpoints'} is from before that. Look at the data and train "
+                    "again with a lower --learning_rate in a new --output_dir"
                 )
             rate = (now - logged_at) * arguments.batch_size / (time.perf_counter() - clock)
             row = {**parts, "learning_rate": schedule.get_last_lr()[0], "images_per_second": rate}
             accelerator.log({f"train/{name}": value for name, value in row.items()}, step=now)
             history.add({"step": now, "epoch": stage.sampler.epoch, **row})
-            bar.set_postfix(loss=f"{parts['loss']:.3f}", best=f"{state['best'] or 0:.3f}")
+            bar.set_postfix(loss=f"{parts['loss']:.3f}", refresh=False)
             sums, logged_at, clock = {}, now, time.perf_counter()
 
         if is_new and (now % arguments.eval_steps == 0 or last):
@@ -191,6 +217,7 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
             metrics = stage.evaluate(released)
             accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=now)
             history.add({"step": now, **{f"validation/{name}": value for name, value in metrics.items()}})
+            accelerator.print(f"step {now} of {total}: loss {parts['loss']:.3f}, {shown(metrics)}")
             if state["best"] is None or metrics[stage.criterion] > state["best"]:
                 state |= {"best": metrics[stage.criterion], "best_step": now, "best_metrics": metrics}
                 if is_main:
@@ -208,11 +235,11 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         parts_of_step = [next(stream) for _ in range(arguments.accumulation_steps)]
         seed_step(arguments.seed, now + 1, accelerator.process_index)
         for i, batch in enumerate(parts_of_step):
-            waits = i + 1 < len(parts_of_step)
+            waits = i + 1 < arguments.accumulation_steps
             with accelerator.no_sync(model) if waits else contextlib.nullcontext():
-                logs = step(batch, lambda loss: accelerator.backward(loss / len(parts_of_step)))
+                logs = step(batch, backward)
             for name, value in logs.items():
-                sums[name] = sums.get(name, 0) + value / len(parts_of_step)
+                sums[name] = sums.get(name, 0) + value / arguments.accumulation_steps
         norm = nn.utils.clip_grad_norm_(trainable, arguments.max_grad_norm or math.inf)
         sums["grad_norm"] = sums.get("grad_norm", 0) + norm.detach()
         optimizer.step()
@@ -230,9 +257,8 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
     accelerator.end_training()
     if is_main:
         plots.save(plots.learning_curve_figure(history.rows), run / "learning_curve.png")
-        best = state["best_metrics"]
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in best.items())
-        print(f"best on validation, at step {state['best_step']} of {total}: {shown}\nmodel: {run / 'model'}")
+        print(f"best on validation, at step {state['best_step']}: {shown(state['best_metrics'])}")
+        print(f"model: {run / 'model'}")
     return state
 
 

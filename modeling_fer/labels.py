@@ -1,7 +1,7 @@
 """The eight expression classes, and every source's native order or spelling translated to them.
 
-The order is that of the Aff-Wild2 EXPR challenge and never changes: ids 0 to 7 as in `CLASSES`. Labels are perceived
-expression, as annotators saw it, not felt emotion.
+The order is that of the Aff-Wild2 EXPR challenge and never changes: ids 0 to 7 as in `CLASSES`. Labels are
+perceived expression, as annotators saw it, not felt emotion.
 """
 
 CLASSES = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "Surprise", "Other")
@@ -10,7 +10,7 @@ IGNORE = -1  # the id of a row without a label: unlabelled stills and frames tha
 
 CONTEMPT_RULES = ("drop", "other")  # contempt has no class of ours: leave such rows out, or call them Other
 
-# Lower-case spellings met in data sets and models. "contempt" is resolved by the contempt rule, see `class_id`.
+# Lower-case spellings met in data sets and models. `class_id` resolves "contempt" by the contempt rule.
 SYNONYMS = {
     "neutral": 0, "neutrality": 0, "calm": 0,
     "anger": 1, "angry": 1,
@@ -28,7 +28,7 @@ FERPLUS_ORDER = ("neutral", "happiness", "surprise", "sadness", "anger", "disgus
 
 
 def class_id(name: str, contempt: str = "drop") -> int | None:
-    """Return our id of a class spelled `name` (case-insensitive, usual synonyms), or None for contempt under `drop`.
+    """Return our id of a class by name (any case, usual synonyms), or None for contempt under `drop`.
 
     Raises:
         ValueError: the name is none of the known spellings, or `contempt` is not a known rule.

@@ -1,4 +1,4 @@
-"""Facial-expression models: a vision encoder from transformers, pooled to one feature vector a face, and heads on it."""
+"""Facial-expression models: a vision encoder of transformers, pooled to one vector a face, and heads."""
 
 import inspect
 from typing import Any
@@ -25,11 +25,13 @@ def build_encoder(config: Any, pooling: str) -> nn.Module:
 
     Parameters that no output depends on would break data-parallel training, which waits for every gradient.
     """
-    options = {}
-    architecture = MODEL_MAPPING.get(type(config), None)
-    if architecture is not None and "add_pooling_layer" in inspect.signature(architecture.__init__).parameters:
-        options["add_pooling_layer"] = pooling == "pooler"
-    return AutoModel.from_config(config, **options)
+    return AutoModel.from_config(config, **pooler_option(MODEL_MAPPING.get(type(config), None), pooling))
+
+
+def pooler_option(architecture: Any, pooling: str) -> dict[str, bool]:
+    """What to tell an encoder class about its pooling layer, where it has the choice."""
+    known = inspect.signature(architecture.__init__).parameters if architecture is not None else {}
+    return {"add_pooling_layer": pooling == "pooler"} if "add_pooling_layer" in known else {}
 
 
 def count_patches(config: Any, pixel_values: torch.Tensor) -> int:
@@ -45,13 +47,13 @@ class FerPreTrainedModel(PreTrainedModel):
     config_class = FerConfig
     base_model_prefix = "fer"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def save_pretrained(self, save_directory: Any, **kwargs):
-        """Save weights, configuration and, from the package, the code for every Auto class (not only this model's own)."""
+    def save_pretrained(self, save_directory: Any, **kwargs):  # type: ignore[override]
+        """Save weights, configuration and, from the package, the code for every Auto class (not just one)."""
         if self._auto_class is not None:
             self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
@@ -61,29 +63,38 @@ class FerPreTrainedModel(PreTrainedModel):
         """Build a model around pretrained encoder weights; pooling norm and classifier start new.
 
         Args:
-            name_or_path: a Hub id or folder of a vision encoder, of a CLIP or SigLIP pair (its vision tower is taken), or of
-                a facial-expression model (its encoder is taken).
+            name_or_path: a Hub id or folder of a vision encoder, of a CLIP or SigLIP pair (its vision tower
+                is taken), or of a facial-expression model (its encoder is taken).
             config_options: fields of `FerConfig` other than `encoder_config`.
 
         Raises:
-            ValueError: the folder's configuration is not that of a vision encoder.
+            ValueError: the folder's configuration is not that of a vision encoder, or weights are missing.
         """
         source = AutoConfig.from_pretrained(name_or_path)
         if isinstance(source, FerConfig):
-            encoder = FerModel.from_pretrained(name_or_path).encoder
+            loaded: Any = FerModel.from_pretrained(name_or_path, output_loading_info=True)
+            encoder, info = loaded[0].encoder, loaded[1]
+            missing = [key for key in info["missing_keys"] if key.startswith("encoder.")]
         else:
             config = getattr(source, "vision_config", source)
-            architecture = MODEL_MAPPING.get(type(config), None)
+            architecture: Any = MODEL_MAPPING.get(type(config), None)
             if architecture is None:
-                raise ValueError(f"{name_or_path}: {type(config).__name__} is not a vision encoder that AutoModel can build")
-            encoder = architecture.from_pretrained(name_or_path, config=config)
+                kind = type(config).__name__
+                raise ValueError(f"{name_or_path}: {kind} is not a vision encoder that AutoModel can build")
+            option = pooler_option(architecture, config_options.get("pooling", FerConfig.pooling))
+            encoder, info = architecture.from_pretrained(
+                name_or_path, config=config, output_loading_info=True, **option
+            )
+            missing = list(info["missing_keys"])
+        encoder.config.dtype = (
+            torch.float32
+        )  # new weights are trained, whatever precision these were stored in
         model = cls(FerConfig(encoder_config=encoder.config, **config_options))
-        # strict=False: an encoder may bring a pooling layer that this pooling does not use. Nothing of ours may be missing.
-        missing, _ = model.get_submodule(f"{'' if cls is FerModel else 'fer.'}encoder").load_state_dict(
-            encoder.state_dict(), strict=False
-        )
+        # An encoder may bring a pooling layer that this pooling does not use; nothing of ours may be missing.
+        target = model.get_submodule(f"{'' if cls is FerModel else 'fer.'}encoder")
+        missing += target.load_state_dict(encoder.state_dict(), strict=False).missing_keys
         if missing:
-            raise ValueError(f"{name_or_path} lacks encoder weights: {', '.join(missing[:5])}")
+            raise ValueError(f"{name_or_path} lacks encoder weights: {', '.join(sorted(missing)[:5])}")
         return model
 
 
@@ -102,16 +113,20 @@ class FerModel(FerPreTrainedModel):
         self.post_init()
 
     def pool(self, encoded: Any, patches: int) -> torch.Tensor:
-        """Pool encoder output to `(B, D)`; `patches` is the number of patch tokens, which stand last in the sequence."""
+        """Pool encoder output to `(B, D)`; `patches` is the number of patch tokens, which stand last."""
         if self.config.pooling == "pooler":
             if getattr(encoded, "pooler_output", None) is None:
-                raise ValueError(f"pooling='pooler', but {type(self.encoder).__name__} has no pooler; use 'mean' or 'cls'")
+                raise ValueError(
+                    f"pooling='pooler', but {type(self.encoder).__name__} has no pooler; use 'mean' or 'cls'"
+                )
             return encoded.pooler_output
         tokens = encoded.last_hidden_state
         if self.config.pooling == "mean":
             return tokens[:, -patches:].mean(dim=1)
         if tokens.shape[1] == patches:
-            raise ValueError(f"pooling='cls', but {type(self.encoder).__name__} has no class token; use 'mean'")
+            raise ValueError(
+                f"pooling='cls', but {type(self.encoder).__name__} has no class token; use 'mean'"
+            )
         return tokens[:, 0]
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -144,30 +159,35 @@ class FerForImageClassification(FerPreTrainedModel):
         super().__init__(config)
         self.fer = FerModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.encoder_config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.encoder_config.hidden_size, len(config.class_names))
         self.post_init()
 
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool = True, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs,
     ) -> ImageClassifierOutput | tuple:
         """Classify faces.
 
         Args:
             pixel_values: `(B, 3, H, W)`, scaled and normalised by the checkpoint's image processor.
-            labels: class ids `(B,)`, -1 where an example does not count, or class probabilities `(B, C)`.
+            labels: class ids `(B,)`, or class probabilities `(B, C)`; -1 or all 0 where an example does not
+                count.
             return_dict: return an `ImageClassifierOutput` rather than a tuple.
             kwargs: passed to the encoder.
 
         Returns:
-            `logits` `(B, C)` and, with `labels`, the mean cross-entropy `loss` of the examples that count (0 if none does).
+            `logits` `(B, C)` and, with `labels`, the mean cross-entropy `loss` of what counts (0 if nothing).
         """
         encoded = self.fer(pixel_values, **kwargs)
         logits = self.classifier(self.dropout(encoded.pooler_output))
         loss = None
         if labels is not None:
             losses = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
-            counted = losses.new_tensor(len(labels)) if labels.ndim == 2 else (labels != IGNORE_INDEX).sum()
-            loss = losses.sum() / counted.clamp(min=1)
+            counts = labels.any(dim=-1) if labels.ndim == 2 else labels != IGNORE_INDEX
+            loss = losses.sum() / counts.sum().clamp(min=1)
         output = ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
         )

@@ -2,18 +2,23 @@
 
 from collections.abc import Sequence
 
-import kornia.augmentation as K  # noqa: N812, kornia's own convention
+import kornia.augmentation as K  # kornia's own convention
 import torch
 from torch import nn
 
 
 class Normalize(nn.Module):
-    """uint8 images `(B, 3, H, W)` to normalised float32: what the checkpoint's image processor does after resizing."""
+    """uint8 images `(B, 3, H, W)` to normalised float32, as the checkpoint's image processor does it."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(3, 1, 1)), persistent=False)
-        self.register_buffer("shift", -torch.tensor(mean).view(3, 1, 1) / torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "shift", -torch.tensor(mean).view(3, 1, 1) / torch.tensor(std).view(3, 1, 1), persistent=False
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Scale and shift each channel."""
@@ -30,7 +35,9 @@ def weak_augmentation(erasing: float = 0.0) -> nn.Module:
     """
     views = [
         K.RandomHorizontalFlip(p=0.5),
-        K.RandomAffine(degrees=12, translate=(0.08, 0.08), scale=(0.88, 1.12), padding_mode="reflection", p=1.0),
+        K.RandomAffine(
+            degrees=12, translate=(0.08, 0.08), scale=(0.88, 1.12), padding_mode="reflection", p=1.0
+        ),
         K.RandomBrightness((0.75, 1.25), p=1.0),
         K.RandomContrast((0.75, 1.25), p=1.0),
     ]

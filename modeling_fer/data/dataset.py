@@ -11,17 +11,19 @@ from modeling_fer.labels import CLASSES, IGNORE
 
 
 class FaceDataset(Dataset):
-    """Faces of one split for training: pixels stay uint8 (memory or memory-mapped), views are made on the device later.
+    """Faces of one split for training.
+
+    Pixels stay uint8, in memory or memory-mapped; views of them are made on the device later.
 
     Args:
         pixels: uint8 `(N, 3, H, W)`.
         expressions: our class ids `(N,)`, -1 where unlabelled.
         soft_labels: per example a distribution over the 8 classes, or None.
-        classes: names of the model's classes in the order of its logits; ids are translated to that order, and examples of
-            other classes count as unlabelled.
+        classes: names of the model's classes in the order of its logits; ids are translated to that order,
+            and examples of other classes count as unlabelled.
 
     Raises:
-        ValueError: arrays of different lengths.
+        ValueError: arrays of different lengths, or an id or a class that is none of ours.
     """
 
     def __init__(
@@ -32,18 +34,24 @@ class FaceDataset(Dataset):
         classes: Sequence[str] = CLASSES,
     ) -> None:
         if len(pixels) != len(expressions) or (soft_labels is not None and len(soft_labels) != len(pixels)):
-            raise ValueError(f"{len(pixels)} images, but {len(expressions)} labels")
+            votes = "" if soft_labels is None else f" and {len(soft_labels)} soft labels"
+            raise ValueError(f"{len(pixels)} images, but {len(expressions)} labels{votes}")
+        ids = np.asarray(expressions, dtype=np.int64)
+        if outside := sorted({*ids.tolist()} - {IGNORE, *range(len(CLASSES))}):
+            raise ValueError(f"labels must be {IGNORE} or 0 to {len(CLASSES) - 1}, got {outside[:5]}")
+        if unknown := [name for name in classes if name not in CLASSES]:
+            raise ValueError(f"classes {unknown} are not among ours: {', '.join(CLASSES)}")
         ours = [CLASSES.index(name) for name in classes]
         translate = np.full(len(CLASSES) + 1, IGNORE)  # its last place is where id -1 looks
         translate[ours] = np.arange(len(ours))
         self.pixels = pixels
-        self.labels = translate[np.asarray(expressions, dtype=np.int64)]
-        # One-hot where there are no votes, or none for the model's classes; all zero where there is no label either.
+        self.labels = translate[ids]
+        # One-hot where there are no votes for the model's classes; all zero where there is no label either.
         onehot = np.append(np.eye(len(ours), dtype=np.float32), np.zeros((1, len(ours)), np.float32), axis=0)
         self.targets = onehot[self.labels]
-        for i, votes in enumerate(soft_labels or ()):
-            if votes is not None and self.labels[i] != IGNORE:
-                kept = np.asarray(votes, dtype=np.float32)[ours]
+        for i, given in enumerate(soft_labels if soft_labels is not None else ()):
+            if given is not None and self.labels[i] != IGNORE:
+                kept = np.asarray(given, dtype=np.float32)[ours]
                 if kept.sum() > 0:
                     self.targets[i] = kept / kept.sum()
 
@@ -54,7 +62,7 @@ class FaceDataset(Dataset):
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """A whole batch at once: `pixels` uint8 `(B, 3, H, W)`, `labels` `(B,)`, `targets` `(B, C)`, `index` `(B,)`."""
+        """Fetch a batch: `pixels` uint8 `(B, 3, H, W)`, `labels` and `index` `(B,)`, `targets` `(B, C)`."""
         rows = np.asarray(indices)
         return {
             "pixels": torch.from_numpy(self.pixels[rows]),
@@ -64,6 +72,6 @@ class FaceDataset(Dataset):
         }
 
 
-def as_batch(fetched: dict[str, Any]) -> dict[str, Any]:
+def as_batch(fetched: Any) -> Any:
     """Collate function for data sets that fetch whole batches."""
     return fetched

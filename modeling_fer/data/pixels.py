@@ -22,7 +22,7 @@ BATCH = 256
 
 
 def open_image(image: bytes | Image.Image) -> Image.Image:
-    """Return an image as RGB and upright, as `datasets` and the transformers pipelines hand it to a processor.
+    """Return an image as RGB and upright, as `datasets` and transformers hand it to a processor.
 
     Raises:
         OSError, SyntaxError, ValueError: PIL cannot read the bytes; see `UNREADABLE`.
@@ -32,7 +32,15 @@ def open_image(image: bytes | Image.Image) -> Image.Image:
 
 
 # What PIL raises on damaged files, by format and by where the damage lies.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    OverflowError,
+    Image.DecompressionBombError,
+)
 
 
 def decode(image: bytes | Image.Image, size: int) -> np.ndarray:
@@ -51,9 +59,10 @@ def decode_split(
 ) -> np.ndarray:
     """Decode the `image` column of a split to uint8 (N, 3, size, size).
 
-    With a `cache_dir` the array is a read-only memory map of a file there, found again by a later run on the same data.
-    The key is the data set's own fingerprint (stable between processes; it changes with the files and with every
-    `select` or `filter`). Processes that start together may each write the file; each puts a whole one in place.
+    With a `cache_dir` the array is a read-only memory map of a file there, found again by a later run on the
+    same data. The key is the data set's own fingerprint (stable between processes; it changes with the files
+    and with every `select` or `filter`). Processes that start together may each write the file; each puts a
+    whole one in place, and the last one stays.
 
     Raises:
         ValueError: an image cannot be decoded; the message names its row.
@@ -87,7 +96,9 @@ def _batches(dataset: Dataset, size: int, show_progress: bool) -> Iterator[tuple
 
     Threads help because PIL decodes and resizes outside Python's lock.
     """
-    encoded = dataset.select_columns(["image"]).cast_column("image", ImageFeature(decode=False)).with_format(None)
+    encoded = (
+        dataset.select_columns(["image"]).cast_column("image", ImageFeature(decode=False)).with_format(None)
+    )
 
     def work(row: int, cell: dict[str, Any]) -> np.ndarray:
         try:
@@ -95,13 +106,15 @@ def _batches(dataset: Dataset, size: int, show_progress: bool) -> Iterator[tuple
             return decode(data, size)
         except (*UNREADABLE, TypeError) as error:
             raise ValueError(
-                f"row {row}: image {cell and cell['path'] or ''} cannot be decoded ({error}); "
+                f"row {row}: the image cannot be decoded ({error}); "
                 "`fer data prepare` writes readable images only: prepare the data again"
             ) from error
 
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(total=len(encoded), desc="decoding", unit="image", disable=not show_progress) as progress,
+        tqdm(
+            total=len(encoded), desc="decoding", unit="image", disable=None if show_progress else True
+        ) as progress,
     ):
         for start in range(0, len(encoded), BATCH):
             cells = encoded[start : start + BATCH]["image"]

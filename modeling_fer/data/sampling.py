@@ -1,4 +1,4 @@
-"""The labelled sampler: balanced over classes, weighted by feedback, identical for any number of processes."""
+"""The labelled sampler: balanced over classes, weighted by feedback, the same for any number of processes."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from torch.utils.data import Sampler
 
 
 def class_quotas(probabilities: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers `(C,)` that sum to `total` and lie within one of `probabilities * total` (largest remainders)."""
+    """Whole numbers `(C,)` that sum to `total`, each within one of `probabilities * total`."""
     exact = probabilities * total
     quotas = np.floor(exact).astype(np.int64)
-    # Stable sort: equal remainders go to the lower class id, so that the result does not depend on the platform.
+    # The largest remainders are rounded up. Stable sort: equal ones go to the lower class id, on every platform.
     largest = np.argsort(-(exact - quotas), kind="stable")
     quotas[largest[: total - quotas.sum()]] += 1
     return quotas
@@ -20,14 +20,15 @@ def class_quotas(probabilities: np.ndarray, total: int) -> np.ndarray:
 class DebiasFeedbackSampler(Sampler[int]):
     """Indices of labelled examples, class by class in wanted proportions, cut by process.
 
-    A class `c` of `n_c` examples is drawn with probability proportional to `n_c * n_c**-alpha * w_c`: `alpha=1` is uniform over
-    classes, `alpha=0` natural. `w` are class weights, uniform until `set_class_weights` hands in others; they take effect when
-    the next round (pass over the data) starts. Within a class, examples come in random order and none comes again until all
-    have come.
+    A class `c` of `n_c` examples is drawn with probability proportional to `n_c * n_c**-alpha * w_c`:
+    `alpha=1` is uniform over classes, `alpha=0` natural. `w` are class weights, uniform until
+    `set_class_weights` hands in others; they take effect when the next round (pass over the data) starts.
+    Within a class, examples come in random order and none comes again until all have come.
 
-    The order of a round is a pure function of `(seed, epoch, w)`, whatever the number of processes: process `rank` takes every
-    `world_size`-th index of each global batch. Classes get their exact share of each round (to the nearest example), so a
-    natural round holds every example once when their number is a multiple of the batch size.
+    The order of a round is a pure function of `(seed, epoch, w)`, whatever the number of processes: process
+    `rank` takes every `world_size`-th index of each global batch. Classes get their exact share of each
+    round (to the nearest example), so a natural round holds every example once when their number is a
+    multiple of the batch size.
 
     Args:
         labels: class id of each example; ids that are negative are never drawn.
@@ -52,14 +53,18 @@ class DebiasFeedbackSampler(Sampler[int]):
         world_size: int = 1,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"global batch size {batch_size} must be a positive multiple of the {world_size} processes")
+            raise ValueError(
+                f"global batch size {batch_size} must be a positive multiple of the {world_size} processes"
+            )
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie between 0 (natural) and 1 (uniform over classes), got {alpha}")
         labels = np.asarray(labels)
         self.members = [np.flatnonzero(labels == c) for c in range(num_classes)]
         self.counts = np.array([len(m) for m in self.members])
         if empty := np.flatnonzero(self.counts == 0).tolist():
-            raise ValueError(f"classes {empty} have no examples to draw; leave them out of the model or add data")
+            raise ValueError(
+                f"classes {empty} have no examples to draw; leave them out of the model or add data"
+            )
         self.batch_size, self.alpha, self.seed = batch_size, alpha, seed
         self.rank, self.world_size = rank, world_size
         self.class_weights = np.full(num_classes, 1 / num_classes)
@@ -77,28 +82,36 @@ class DebiasFeedbackSampler(Sampler[int]):
         return weights / weights.sum()
 
     def set_class_weights(self, weights: Sequence[float] | np.ndarray) -> None:
-        """Hand in class weights `(C,)`, positive and finite, the same on every process; call it between rounds.
+        """Hand in class weights `(C,)`, positive and finite, the same on every process, between rounds.
 
         Raises:
             ValueError: wrong length or values.
             RuntimeError: the current round has begun.
         """
         weights = np.asarray(weights, dtype=np.float64)
-        if weights.shape != self.class_weights.shape or not (np.isfinite(weights).all() and (weights > 0).all()):
-            raise ValueError(f"expected {len(self.class_weights)} positive finite class weights, got {weights}")
+        if weights.shape != self.class_weights.shape or not (
+            np.isfinite(weights).all() and (weights > 0).all()
+        ):
+            raise ValueError(
+                f"expected {len(self.class_weights)} positive finite class weights, got {weights}"
+            )
         if self.batches_done:
-            raise RuntimeError(f"class weights change between rounds, but {self.batches_done} batches of this one are done")
+            raise RuntimeError(
+                f"class weights change between rounds, but {self.batches_done} batches of this one are done"
+            )
         self.class_weights = weights / weights.sum()
 
     def global_order(self) -> np.ndarray:
-        """All indices of the current round in order, `(batches_per_epoch * batch_size,)`, for all processes together."""
+        """All indices of the current round for all processes, `(batches_per_epoch * batch_size,)`."""
         rng = np.random.default_rng([self.seed, self.epoch])
         quotas = class_quotas(self.class_probabilities(), self.batches_per_epoch * self.batch_size)
         drawn = []
         for members, quota in zip(self.members, quotas, strict=True):
             passes = -(-int(quota) // len(members))
             drawn += [rng.permutation(members) for _ in range(passes - 1)]
-            drawn.append(rng.permutation(members)[: quota - (passes - 1) * len(members)] if passes else members[:0])
+            drawn.append(
+                rng.permutation(members)[: quota - (passes - 1) * len(members)] if passes else members[:0]
+            )
         return rng.permutation(np.concatenate(drawn))
 
     def __iter__(self) -> Iterator[int]:
@@ -109,7 +122,7 @@ class DebiasFeedbackSampler(Sampler[int]):
         return (self.batches_per_epoch - self.batches_done) * self.batch_size // self.world_size
 
     def advance(self) -> bool:
-        """Note that one global batch was trained on; True if that ended the round (the next one is then set up)."""
+        """Note that one global batch was trained on; True if that ended the round and set up the next."""
         self.batches_done += 1
         if self.batches_done < self.batches_per_epoch:
             return False
@@ -118,7 +131,11 @@ class DebiasFeedbackSampler(Sampler[int]):
 
     def state_dict(self) -> dict[str, Any]:
         """Place in the data: epoch, batches done in it, class weights."""
-        return {"epoch": self.epoch, "batches_done": self.batches_done, "class_weights": self.class_weights.tolist()}
+        return {
+            "epoch": self.epoch,
+            "batches_done": self.batches_done,
+            "class_weights": self.class_weights.tolist(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the place that `state_dict` described."""

@@ -13,7 +13,7 @@ FEATURES = Features(
     {
         "image": Image(),  # a face crop, encoded (PNG or JPEG)
         "expression": ClassLabel(names=list(CLASSES)),  # -1: no label
-        "soft_label": List(Value("float32")),  # vote distribution over the 8 classes, sums to 1; null where unknown
+        "soft_label": List(Value("float32")),  # votes over the 8 classes, sum 1; null where unknown
         "source": Value("string"),  # name of the data set
         "subject": Value("string"),  # anonymous person id; null where unknown
         "video": Value("string"),  # video id; null for stills
@@ -26,7 +26,7 @@ FEATURES = Features(
 class Example:
     """One face crop on its way from a source into a split.
 
-    `image` is encoded bytes (PNG, JPEG, ...) exactly as they are to be stored. `origin` says where it came from
+    `image` is encoded bytes (PNG, JPEG, ...) exactly as they are to be stored. `origin` says where it is from
     ("fer2013.csv row 17", a file path) and is used in messages and reports, never stored in the data.
     """
 
@@ -45,8 +45,8 @@ class Example:
 class Rejected:
     """A row that a source read but did not use, with the reason; counted and listed in the report.
 
-    Sources reject what a stated rule leaves out ("contempt", "no majority"). `reason="unreadable"` is reserved for images
-    that cannot be decoded.
+    Sources reject what a stated rule leaves out ("contempt", "no majority"). `reason="unreadable"` is
+    reserved for images that cannot be decoded.
     """
 
     origin: str
@@ -74,5 +74,7 @@ def load(path: str | Path, split: str | None = None) -> DatasetDict:
     files = {s: found for s, found in files.items() if found and split in (None, s)}
     if not files:
         what = f"split {split!r}" if split else "data/<split>-*.parquet"
-        raise FileNotFoundError(f"{folder} holds no {what}; write it with `fer data prepare SOURCE --out {folder}`")
+        raise FileNotFoundError(
+            f"{folder} holds no {what}; write it with `fer data prepare SOURCE --out {folder}`"
+        )
     return load_dataset("parquet", data_files=files, features=FEATURES)

@@ -291,11 +291,11 @@ def _in_range(values: Ints, num_classes: int, what: str) -> Ints:
 
 
 def _references(references: ArrayLike, num_classes: int, needed: bool = False) -> tuple[Ints, Bools]:
-    """Return the labels of the M labelled rows, (M,), and which rows those are, (N,); `needed`: M is not 0."""
+    """Return the labels of the M labelled rows, (M,), and which rows they are, (N,); `needed`: M is not 0."""
     truth = _ids(references, "references")
     labelled = truth != IGNORE
     if needed and not labelled.any():
-        raise ValueError(f"references: expected one other than {IGNORE} or more, none in {len(truth)} rows")
+        raise ValueError(f"references: expected some other than {IGNORE}, got none in {len(truth)} rows")
     return _in_range(truth[labelled], num_classes, f"references other than {IGNORE}"), labelled
 
 
@@ -358,7 +358,7 @@ def _groups(groups: ArrayLike, labelled: Bools) -> Ints:
     names, numbers = np.unique([str(row) for row in rows], return_inverse=True)
     if len(names) < 2:
         raise ValueError(
-            f"groups: expected at least 2 groups to resample, got 1 ({names[0]!r}); "
+            f"groups: expected at least 2 groups to resample, got 1 ({str(names[0])!r}); "
             "leave groups out or set bootstrap_samples=0"
         )
     return numbers.astype(np.int64)

@@ -83,8 +83,8 @@ def reliability_figure(bins: ReliabilityBins, title: str = "Reliability") -> Fig
     axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2, label="calibrated", zorder=3)
     heights = bins.accuracy[filled]
     axes.bar(middle[filled], heights, width[filled] * 0.94, color=BLUE, label="accuracy", zorder=2)
-    dots: dict[str, Any] = {"color": "white", "markeredgecolor": "#173b63", "markersize": 5, "zorder": 4}
-    axes.plot(bins.confidence[filled], heights, "o", label="at mean confidence", **dots)
+    dots: dict[str, Any] = {"color": "white", "markeredgecolor": "#173b63", "markersize": 5, "clip_on": False}
+    axes.plot(bins.confidence[filled], heights, "o", label="at mean confidence", zorder=4, **dots)
     axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="Accuracy")
     axes.set_title(f"{title}: ECE {bins.ece:.3f}, {int(bins.counts.sum()):,} examples", pad=10)
     axes.legend(loc="upper left", frameon=False)

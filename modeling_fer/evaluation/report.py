@@ -29,19 +29,23 @@ def write_report(
     metrics = compute_metrics(references, probabilities.argmax(-1), probabilities, class_names=class_names)
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics({**(about or {}), **metrics}, folder / "metrics.json")
-    plots.save(plots.confusion_matrix_figure(metrics["confusion_matrix"], class_names), folder / "confusion_matrix.png")
-    plots.save(plots.reliability_figure(reliability_bins(references, probabilities)), folder / "reliability.png")
+    confusion = plots.confusion_matrix_figure(metrics["confusion_matrix"], class_names)
+    plots.save(confusion, folder / "confusion_matrix.png")
+    reliability = plots.reliability_figure(reliability_bins(references, probabilities))
+    plots.save(reliability, folder / "reliability.png")
     return metrics
 
 
 def summary(metrics: dict) -> str:
     """The main figures as a few lines of text."""
     low, high = metrics["interval"]["macro_f1"]
-    lines = [f"macro F1 {metrics['macro_f1']:.3f} over {len(metrics['per_class'])} classes (95 % interval {low:.3f} to {high:.3f})"]
+    lines = [
+        f"macro F1 {metrics['macro_f1']:.3f} over {len(metrics['per_class'])} classes "
+        f"(95 % interval {low:.3f} to {high:.3f})"
+    ]
     if len(metrics["classes_present"]) < len(metrics["per_class"]):
-        lines.append(
-            f"macro F1 {metrics['macro_f1_present']:.3f} over the {len(metrics['classes_present'])} classes present"
-        )
+        present = len(metrics["classes_present"])
+        lines.append(f"macro F1 {metrics['macro_f1_present']:.3f} over the {present} classes present")
     lines.append(
         f"accuracy {metrics['accuracy']:.3f}   balanced accuracy {metrics['balanced_accuracy']:.3f}   "
         f"ECE {metrics['ece']:.3f}   {metrics['samples']} faces"
@@ -49,7 +53,6 @@ def summary(metrics: dict) -> str:
     width = max(map(len, metrics["per_class"]))
     lines.append(f"{'':{width}}  precision  recall     F1  support")
     for name, row in metrics["per_class"].items():
-        lines.append(
-            f"{name:{width}}  {row['precision']:9.3f}  {row['recall']:6.3f}  {row['f1']:5.3f}  {row['support']:7d}"
-        )
+        scores = f"{row['precision']:9.3f}  {row['recall']:6.3f}  {row['f1']:5.3f}"
+        lines.append(f"{name:{width}}  {scores}  {row['support']:7d}")
     return "\n".join(lines)

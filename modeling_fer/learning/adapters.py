@@ -17,8 +17,8 @@ LORA_TARGETS = {
 def find_targets(model: nn.Module, kind: str) -> list[str]:
     """Names of the encoder's linear layers of one kind, found by looking at the model.
 
-    Only layers inside numbered blocks count, so that poolers and heads stay out. Parameter names differ between encoders and
-    between versions of transformers; none is assumed beyond attention being called so.
+    Only layers inside numbered blocks count, so that poolers and heads stay out. Parameter names differ
+    between encoders and between versions of transformers; none is assumed beyond attention being called so.
 
     Raises:
         ValueError: unknown kind, or the encoder has no such layer.
@@ -39,13 +39,17 @@ def find_targets(model: nn.Module, kind: str) -> list[str]:
     return names
 
 
-def add_lora(model: nn.Module, rank: int, targets: str = "attention", alpha: float | None = None) -> PeftModel:
-    """Freeze the encoder and add LoRA adapters to it; pooling norm and classifier stay trainable and belong to the adapter.
+def add_lora(
+    model: nn.Module, rank: int, targets: str = "attention", alpha: float | None = None
+) -> PeftModel:
+    """Freeze the encoder and add LoRA adapters to it.
 
-    A fresh adapter changes nothing: its second matrix starts at zero.
+    Pooling norm and classifier stay trainable and belong to the adapter. A fresh adapter changes nothing: its
+    second matrix starts at zero.
 
     Args:
-        model: a facial-expression model, fully built (injection must come after weights are initialised or loaded).
+        model: a facial-expression model, fully built (injection must come after weights are initialised or
+            loaded).
         rank: rank of the update, at least 1.
         targets: a key of `LORA_TARGETS`.
         alpha: scale of the update is `alpha / rank`; default twice the rank.
@@ -54,10 +58,12 @@ def add_lora(model: nn.Module, rank: int, targets: str = "attention", alpha: flo
         ValueError: rank below 1, unknown targets, or nothing to adapt.
     """
     if rank < 1:
-        raise ValueError(f"LoRA rank must be at least 1, got {rank}; rank 0 means full fine-tuning, without adapters")
+        raise ValueError(
+            f"LoRA rank must be at least 1, got {rank}; rank 0 means full fine-tuning, without adapters"
+        )
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
         target_modules=find_targets(model, targets),
         modules_to_save=["classifier", "fer.norm"],
     )
@@ -65,10 +71,13 @@ def add_lora(model: nn.Module, rank: int, targets: str = "attention", alpha: flo
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """The plain model with adapters merged into its weights; a model without adapters is returned as it is."""
+    """The plain model with adapters merged into its weights; one without adapters is returned as it is."""
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Save only the adapter (with norm and classifier); `PeftModel.from_pretrained(base, folder)` puts it on its base again."""
+    """Save only the adapter, with norm and classifier.
+
+    `PeftModel.from_pretrained(base, folder)` puts it on its base again.
+    """
     model.save_pretrained(str(folder))

@@ -11,7 +11,16 @@ import yaml
 from transformers import HfArgumentParser
 
 # What may change between an interrupted run and its continuation without changing what is learnt.
-FREE_ON_RESUME = {"resume", "output_dir", "cache_dir", "save_steps", "keep_checkpoints", "log_steps", "tracker", "eval_batch_size"}
+FREE_ON_RESUME = {
+    "resume",
+    "output_dir",
+    "cache_dir",
+    "save_steps",
+    "keep_checkpoints",
+    "log_steps",
+    "tracker",
+    "eval_batch_size",
+}
 
 
 def option(default: Any, help: str) -> Any:
@@ -21,23 +30,29 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class FerTrainingArguments:
-    """Everything that decides a training run. Sizes in pixels, batch sizes over all processes, steps are optimizer steps."""
+    """Everything that decides a training run.
+
+    Sizes are in pixels, batch sizes over all processes, steps are optimizer steps.
+    """
 
     data: str = option("", "prepared data set (folder written by `fer data prepare`)")
     output_dir: str = option("", "folder of the run: model, metrics, history, checkpoints")
     stage: str = option("image", "what to train: image")
     cache_dir: str = option("", "where decoded pixels are kept; default: <data>/cache")
 
-    encoder: str = option("", "folder or Hub id of pretrained encoder weights; empty: a new ViT of the sizes below")
+    encoder: str = option(
+        "", "folder or Hub id of pretrained encoder weights; empty: a new ViT of the sizes below"
+    )
     image_size: int = option(0, "side of the input image; 0: the encoder's own, or 112 for a new ViT")
     patch_size: int = option(16, "of a new ViT")
     hidden_size: int = option(192, "of a new ViT")
     num_layers: int = option(12, "of a new ViT")
     num_heads: int = option(3, "of a new ViT")
-    initializer_range: float = option(0.02, "standard deviation of a new ViT's initial weights")
     pooling: str = option("mean", "mean, cls or pooler")
     dropout: float = option(0.0, "dropout before the classifier")
-    classes: str = option("all", "all: the 8 classes, each needs training rows; present: only those with training rows")
+    classes: str = option(
+        "all", "all: the 8 classes, each needs training rows; present: only those with training rows"
+    )
 
     lora_rank: int = option(0, "rank of LoRA adapters on the encoder; 0: full fine-tuning")
     lora_targets: str = option("attention", "attention, mlp or all")
@@ -49,17 +64,21 @@ class FerTrainingArguments:
     accumulation_steps: int = option(1, "forward-backward passes of one optimizer step")
     sampling_alpha: float = option(1.0, "1: labelled classes drawn uniformly, 0: naturally")
     learning_rate: float = option(5e-4, "highest learning rate")
-    warmup: float = option(0.05, "share of the steps in which the learning rate rises; then it falls by a cosine to 0")
+    warmup: float = option(
+        0.05, "share of the steps in which the learning rate rises; then it falls by a cosine to 0"
+    )
     weight_decay: float = option(0.05, "of AdamW, on matrices only")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not")
-    ema_decay: float = option(0.999, "moving average of the weights, which is what is evaluated and kept; 0: none")
+    ema_decay: float = option(
+        0.999, "moving average of the weights, which is what is evaluated and kept; 0: none"
+    )
     label_smoothing: float = option(0.0, "of the cross-entropy")
     soft_labels: bool = option(False, "learn from vote distributions where a row has one")
     augmentation: str = option("weak", "weak or none")
     erasing: float = option(0.0, "probability that part of a training image is blanked")
 
     seed: int = option(0, "of weights, order and augmentation")
-    precision: str = option("auto", "auto: bf16 where the device computes in it, else fp32; or no, bf16, fp16")
+    precision: str = option("auto", "auto: bf16 where the device computes in it, else fp32; or no, bf16")
     threads: int = option(0, "CPU threads of one process; 0: all cores, shared among the processes")
     compile: bool = option(False, "torch.compile the model")
 
@@ -68,7 +87,9 @@ class FerTrainingArguments:
     save_steps: int = option(200, "write a checkpoint every so many steps, and at the end")
     keep_checkpoints: int = option(2, "how many checkpoints stay")
     log_steps: int = option(20, "log every so many steps")
-    resume: str = option("never", "never, auto (from the newest checkpoint of output_dir, if any), or a checkpoint folder")
+    resume: str = option(
+        "never", "never, auto (from the newest checkpoint of output_dir, if any), or a checkpoint folder"
+    )
     tracker: str = option("tensorboard", "tensorboard, trackio or none")
 
     def __post_init__(self) -> None:
@@ -76,7 +97,7 @@ class FerTrainingArguments:
             "stage": ("image",),
             "classes": ("all", "present"),
             "augmentation": ("weak", "none"),
-            "precision": ("auto", "no", "bf16", "fp16"),
+            "precision": ("auto", "no", "bf16"),
             "tracker": ("tensorboard", "trackio", "none"),
         }
         for name, known in choices.items():
@@ -85,10 +106,35 @@ class FerTrainingArguments:
         for name in ("data", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing: pass it, or set it in the --config file")
-        for name in ("batch_size", "accumulation_steps", "eval_steps", "save_steps", "log_steps", "keep_checkpoints"):
+        for name in (
+            "batch_size",
+            "accumulation_steps",
+            "eval_steps",
+            "eval_batch_size",
+            "save_steps",
+            "log_steps",
+            "keep_checkpoints",
+            "patch_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_steps < 0 or self.epochs <= 0:
+        for name in (
+            "image_size",
+            "lora_rank",
+            "lora_alpha",
+            "seed",
+            "threads",
+            "weight_decay",
+            "max_grad_norm",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
+        if self.max_steps < 0 or not self.epochs > 0:
             raise ValueError(f"--max_steps {self.max_steps} --epochs {self.epochs}: nothing would be trained")
         for name in ("ema_decay", "label_smoothing", "erasing", "dropout", "warmup", "sampling_alpha"):
             if not 0 <= getattr(self, name) <= 1:
@@ -115,16 +161,32 @@ def parse_arguments(argv: list[str] | None = None) -> FerTrainingArguments:
     parser.add_argument("--config", help="YAML file of the fields below; the command line wins over it")
     first, _ = argparse.ArgumentParser(add_help=False, parents=[_config_only()]).parse_known_args(argv)
     if first.config:
-        values = yaml.safe_load(Path(first.config).read_text()) or {}
-        known = {f.name for f in dataclasses.fields(FerTrainingArguments)}
-        if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
-            what = f"unknown fields {', '.join(unknown)}" if isinstance(values, dict) else "no mapping of fields to values"
-            raise ValueError(f"{first.config} holds {what}; known fields: {', '.join(sorted(known))}")
-        # As strings, so that argparse converts and checks them as it does the command line's (YAML reads 1e-3 as a string).
-        parser.set_defaults(**{name: str(value) for name, value in values.items()})
+        parser.set_defaults(**_read_config(Path(first.config)))
     namespace = vars(parser.parse_args(argv))
     namespace.pop("config")
     return FerTrainingArguments(**namespace)
+
+
+def _read_config(path: Path) -> dict[str, str]:
+    """Fields of a YAML file, without those left empty.
+
+    As strings: argparse converts and checks them like the command line's (YAML reads 1e-3 as a string).
+    """
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    known = [f.name for f in dataclasses.fields(FerTrainingArguments)]
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no mapping of fields to values; known fields: {', '.join(known)}")
+    if unknown := [str(name) for name in values if name not in known]:
+        raise ValueError(
+            f"{path} holds unknown fields {', '.join(unknown)}; known fields: {', '.join(known)}"
+        )
+    for name, value in values.items():
+        if isinstance(value, (dict, list)):
+            raise ValueError(f"{path}: {name} must be a single value, got {value}")
+    return {name: str(value) for name, value in values.items() if value is not None}
 
 
 def _config_only() -> argparse.ArgumentParser:

@@ -10,7 +10,10 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
+# How a full disk is reported: by Python, by torch, by safetensors.
+NOT_WRITTEN = (OSError, RuntimeError, SafetensorError)
 PATTERN = re.compile(r"step_(\d+)$")
 
 
@@ -25,27 +28,34 @@ class Stateful(Protocol):
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], accelerator: Accelerator | None = None) -> None:
-    """Let `write` fill a temporary folder beside `folder`, then put it in its place; an older `folder` stays until then.
+    """Let `write` fill a temporary folder, then put it in the place of `folder`, which stays until then.
 
-    With an accelerator all processes call this, each `write`s its part into the same temporary folder, and the main process
-    puts it in place when all are done.
+    With an accelerator all processes call this, each `write`s its part into the same temporary folder, and
+    the main process puts it in place when all are done.
 
     Raises:
-        OSError: writing failed (a full disk, say); the message names the folder, and what stood there is untouched.
+        OSError: writing failed (a full disk, say); the message names the folder, and what stood there is
+            untouched.
     """
     wait = accelerator.wait_for_everyone if accelerator else lambda: None
     is_main = accelerator is None or accelerator.is_main_process
     fresh, old = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.old")
     try:
         if is_main:
+            if old.exists() and not folder.exists():  # an earlier process ended between the two renames below
+                os.rename(old, folder)
             for leftover in (fresh, old):
                 shutil.rmtree(leftover, ignore_errors=True)
             fresh.mkdir(parents=True)
         wait()
         write(fresh)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise OSError(f"could not write {folder}: {error}; what stood there is kept. Free space, then --resume auto") from error
+        if not isinstance(error, NOT_WRITTEN):
+            raise
+        raise OSError(
+            f"could not write {folder}: {error}; what stood there is kept. Free space, then --resume auto"
+        ) from error
     wait()
     if is_main:
         if folder.exists():
@@ -65,8 +75,8 @@ def save_checkpoint(
 ) -> None:
     """Write `run/checkpoints/step_N` and delete all but the newest `keep`. Call on every process.
 
-    accelerate writes model, optimizer and random states; `objects` (schedule, sampler, averages, the step's own state) go into
-    `objects.pt`, and `state` (plain numbers and names, with `step`) into `state.json`.
+    accelerate writes model, optimizer and random states; `objects` (schedule, sampler, averages, the step's
+    own state) go into `objects.pt`, and `state` (plain numbers and names, with `step`) into `state.json`.
     """
 
     def write(folder: Path) -> None:
@@ -82,7 +92,9 @@ def save_checkpoint(
 
 
 def find_checkpoint(run: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume` asks for: None for `never`, the newest or None for `auto`, else that folder.
+    """The checkpoint that `--resume` asks for.
+
+    None for `never`; the newest, or None if there is none, for `auto`; else the folder that is named.
 
     Raises:
         FileNotFoundError: a named folder is no complete checkpoint.
@@ -93,11 +105,15 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
         return next(reversed(checkpoints(run)), None)
     folder = Path(resume)
     if not (folder / "state.json").exists():
-        raise FileNotFoundError(f"{folder} is no checkpoint (it has no state.json); pass a checkpoints/step_N folder, or auto")
+        raise FileNotFoundError(
+            f"{folder} is no checkpoint (it has no state.json); pass a checkpoints/step_N folder, or auto"
+        )
     return folder
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
+def load_checkpoint(
+    accelerator: Accelerator, folder: Path, objects: Mapping[str, Stateful]
+) -> dict[str, Any]:
     """Take over everything that `save_checkpoint` wrote; returns its `state`.
 
     Raises:
@@ -112,5 +128,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, objects: Mapping[str
         for name, o in objects.items():
             o.load_state_dict(saved[name])
     except Exception as error:
-        raise ValueError(f"cannot resume from {folder}: {error}; delete it to fall back to an earlier one") from error
+        raise ValueError(
+            f"cannot resume from {folder}: {error}; delete it to fall back to an earlier one"
+        ) from error
     return state

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,14 @@ def labelled_rows(data: DatasetDict, split: str, folder: str) -> Any:
         ValueError: the data set has no such split, or it holds no label.
     """
     if split not in data:
-        raise ValueError(f"{folder} has no {split} split (it has {', '.join(data)}); prepare the data with one")
+        raise ValueError(
+            f"{folder} has no {split} split (it has {', '.join(data)}); prepare the data with one"
+        )
     rows = np.flatnonzero(np.asarray(data[split].with_format("numpy")["expression"][:]) != IGNORE)
     if not len(rows):
-        raise ValueError(f"{folder}: no row of the {split} split has a label; training needs labelled faces there")
+        raise ValueError(
+            f"{folder}: no row of the {split} split has a label; training needs labelled faces there"
+        )
     return data[split] if len(rows) == len(data[split]) else data[split].select(rows)
 
 
@@ -53,14 +58,48 @@ def choose_classes(expressions: np.ndarray, rule: str, folder: str) -> list[str]
     empty = [name for name, n in zip(CLASSES, counts, strict=True) if n == 0]
     if rule == "all" and empty:
         raise ValueError(
-            f"{folder}: no training rows of {', '.join(empty)}; add some, or pass --classes present for a model without"
+            f"{folder}: no training rows of {', '.join(empty)}; add some, or pass --classes present for a "
+            "model without"
         )
     return [name for name in CLASSES if name not in empty]
 
 
+def sincos_positions(grid: int, width: int) -> torch.Tensor:
+    """Fixed two-dimensional sin-cos position embeddings `(grid * grid, width)`, rows first.
+
+    The waves of Vaswani et al., "Attention Is All You Need", 2017, section 3.5, half the width a coordinate.
+
+    Raises:
+        ValueError: `width` is not a multiple of 4 (sine and cosine of two coordinates).
+    """
+    if width % 4:
+        raise ValueError(f"--hidden_size {width} must be a multiple of 4")
+    frequencies = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
+    along = torch.outer(torch.arange(float(grid)), frequencies)
+    waves = torch.cat([along.sin(), along.cos()], dim=1)
+    rows, columns = waves.repeat_interleave(grid, dim=0), waves.repeat(grid, 1)
+    return torch.cat([rows, columns], dim=1)
+
+
+@torch.no_grad()
+def condition_vit(encoder: nn.Module) -> None:
+    """Start a new ViT where it learns from few faces: sin-cos positions, patch filters blind to brightness.
+
+    Neighbouring pixels are nearly equal, so random filters answer to little but a patch's mean, and every
+    token starts out as almost the same vector. Filters of zero mean see edges from the first step. What it
+    gains is in docs/experiments.md.
+    """
+    embeddings: Any = encoder.embeddings
+    positions, filters = embeddings.position_embeddings, embeddings.patch_embeddings.projection.weight
+    grid = math.isqrt(positions.shape[1] - 1)
+    positions[0, 1:] = sincos_positions(grid, positions.shape[-1])
+    filters.normal_(std=0.3)
+    filters -= filters.mean(dim=(2, 3), keepdim=True)
+
+
 def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForImageClassification:
     """A classifier on a pretrained encoder, or on a new ViT."""
-    options = {
+    options: dict[str, Any] = {
         "pooling": arguments.pooling,
         "classifier_dropout": arguments.dropout,
         "id2label": dict(enumerate(classes)),
@@ -75,16 +114,18 @@ def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForIm
         num_hidden_layers=arguments.num_layers,
         num_attention_heads=arguments.num_heads,
         intermediate_size=4 * arguments.hidden_size,
-        initializer_range=arguments.initializer_range,
+        initializer_range=arguments.hidden_size**-0.5,
     )
-    return FerForImageClassification(FerConfig(encoder_config=encoder_config, **options))
+    model = FerForImageClassification(FerConfig(encoder_config=encoder_config, **options))
+    condition_vit(model.fer.encoder)
+    return model
 
 
 def build_processor(arguments: FerTrainingArguments, image_size: int) -> Any:
-    """A stock image processor: resize to the model's square, normalise as the encoder was trained, else to [-1, 1]."""
+    """A stock image processor: resize to a square, then normalise as the encoder expects."""
     mean = std = [0.5, 0.5, 0.5]
     if arguments.encoder:
-        # Encoders without a processor (a bare folder of weights) were trained with our own normalisation, or say otherwise.
+        # An encoder without a processor (a bare folder of weights) is taken to have been trained with ours.
         with contextlib.suppress(OSError):
             known = AutoImageProcessor.from_pretrained(arguments.encoder)
             mean, std = known.image_mean, known.image_std
@@ -94,7 +135,8 @@ def build_processor(arguments: FerTrainingArguments, image_size: int) -> Any:
 def freeze_unused(model: nn.Module, image_size: int) -> list[str]:
     """Freeze parameters that no output depends on (mask tokens, unused poolers), and name them.
 
-    Data-parallel training waits for the gradient of every trainable parameter. They are found by looking: one backward pass.
+    Data-parallel training waits for the gradient of every trainable parameter. They are found by looking: one
+    backward pass.
     """
     model(pixel_values=torch.zeros(2, 3, image_size, image_size)).logits.sum().backward()
     unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -150,7 +192,9 @@ def image_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
         normalize = Normalize(mean, std)
-        found = predict_probabilities(model, validation_pixels, normalize, arguments.eval_batch_size, accelerator)
+        found = predict_probabilities(
+            model, validation_pixels, normalize, arguments.eval_batch_size, accelerator
+        )
         found = over_all_classes(found, class_names(model))
         metrics = compute_metrics(validation_labels, found.argmax(-1), found, bootstrap_samples=0)
         keys = ("macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy", "ece", "nll")
@@ -160,7 +204,8 @@ def image_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
         model = copy.deepcopy(model)
         if isinstance(model, PeftModel):
             save_adapter(model, folder / "adapter")
-        merge_lora(model).save_pretrained(folder)
+        plain: Any = merge_lora(model)
+        plain.save_pretrained(folder)
         processor.save_pretrained(folder)
 
     return Stage(trained, dataset, sampler, make_step, evaluate, "macro_f1", save)

@@ -1,4 +1,4 @@
-"""Checkpoints to class probabilities: load a saved model, run it over many faces, on one process or several."""
+"""Checkpoints to class probabilities: load a saved model and run it over many faces, on any processes."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -21,7 +22,7 @@ def load_classifier(folder: str | Path) -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: no such folder, or one without configuration, weights or image processor.
-        ValueError: its class names are not among ours.
+        ValueError: its weights are damaged or not all there, or its class names are not among ours.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -33,12 +34,20 @@ def load_classifier(folder: str | Path) -> tuple[Any, Any]:
     }.items():
         if not any((folder / name).exists() for name in names):
             raise FileNotFoundError(
-                f"{folder} holds no {what} ({' or '.join(names)}); pass the folder that training saved, usually RUN/model"
+                f"{folder} holds no {what} ({' or '.join(names)}); "
+                "pass the folder that training saved, usually RUN/model"
             )
-    model = AutoModelForImageClassification.from_pretrained(folder)
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder}: the weights are damaged, or do not fit config.json: {error}") from error
+    if info["missing_keys"]:  # they would be random numbers
+        raise ValueError(f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}")
     unknown = sorted(set(class_names(model)) - set(CLASSES))
     if unknown:
-        raise ValueError(f"{folder / 'config.json'}: id2label names {unknown} are not among our classes {list(CLASSES)}")
+        raise ValueError(
+            f"{folder / 'config.json'}: id2label names {unknown} are not among our classes {list(CLASSES)}"
+        )
     return model.eval(), AutoImageProcessor.from_pretrained(folder)
 
 
@@ -66,8 +75,8 @@ def predict_probabilities(
 ) -> np.ndarray:
     """Class probabilities `(N, C)` in float32 of uint8 faces `(N, 3, H, W)`, the same on every process.
 
-    Each process takes every `num_processes`-th face. Results travel with the faces' numbers, so that what one process repeats to
-    fill its last turn is counted once.
+    Each process takes every `num_processes`-th face. Results travel with the faces' numbers, so that what one
+    process repeats to fill its last turn is counted once.
 
     Raises:
         ValueError: there are no faces, or the model's output is not finite.
@@ -85,7 +94,9 @@ def predict_probabilities(
     mine = np.resize(np.arange(rank, max(len(pixels), rank + 1), world) % len(pixels), turns)
     found = []
     starts = range(0, turns, batch_size)
-    for start in tqdm(starts, desc="predict", disable=not (show_progress and accelerator.is_main_process)):
+    for start in tqdm(
+        starts, desc="predict", disable=None if show_progress and accelerator.is_main_process else True
+    ):
         images = torch.from_numpy(np.ascontiguousarray(pixels[mine[start : start + batch_size]])).to(device)
         found.append(model(pixel_values=normalize(images)).logits.float().softmax(-1))
     model.train(was_training)

@@ -24,7 +24,8 @@ class Stage:
         evaluate: model to numbers, `criterion` among them, higher is better. Called on every process.
         criterion: the number by which the best model is chosen.
         save: write a model that can be released to a folder.
-        report: write figures on the best model's validation to a folder; called on the main process when it has improved.
+        report: write figures on the best model's validation to a folder; called on the main process when it
+            has improved.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""Training steps: each turns a batch into gradients and numbers to log. The loop knows nothing of what they do inside."""
+"""Training steps: each turns a batch into gradients and numbers to log, out of the loop's sight."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -17,12 +17,13 @@ class Step(Protocol):
     def __call__(self, batch: Batch, backward: Callable[[torch.Tensor], None]) -> Logs:
         """Compute losses of one batch and call `backward` on what is to be minimised.
 
-        The loop owns gradient clipping, the optimizer and the schedule of the main model; a step may own further models and
-        optimizers, which then belong to its state. Returns detached scalars to log; one is called `loss`.
+        The loop owns gradient clipping, the optimizer and the schedule of the main model; a step may own
+        further models and optimizers, which then belong to its state. Returns detached scalars to log, one
+        called `loss`.
         """
 
     def end_round(self) -> np.ndarray | None:
-        """Called when the labelled data has been passed over: class weights `(C,)` for the next round, or None to keep them."""
+        """Class weights `(C,)` for the next pass over the labelled data, or None to keep them."""
 
     def state_dict(self) -> dict[str, Any]:
         """All state that decides the next step."""

@@ -1,7 +1,8 @@
 """FER2013 (one csv of 48x48 grey faces) with its own labels or with those of FER+ (ten votes a face).
 
-FER2013: Goodfellow et al., "Challenges in Representation Learning", 2013. FER+: Barsoum et al., "Training Deep Networks
-for Facial Expression Recognition with Crowd-Sourced Label Distribution", ICMI 2016 (arXiv 1608.01041).
+FER2013: Goodfellow et al., "Challenges in Representation Learning", 2013. FER+: Barsoum et al., "Training
+Deep Networks for Facial Expression Recognition with Crowd-Sourced Label Distribution", ICMI 2016 (arXiv
+1608.01041).
 
 Row numbers in messages count the rows below the header from 1.
 """
@@ -28,9 +29,10 @@ COLUMNS = ("emotion", "pixels", "Usage")
 VOTES = (*FERPLUS_ORDER, "unknown", "NF")  # FER+ columns in its own order; NF = not a face
 UNKNOWN, NOT_A_FACE = VOTES.index("unknown"), VOTES.index("NF")
 
-# Rows per label (in FER2013's own order) of each whole split. Copies of the csv with the classes in another order are
-# about; they carry the same pixels and pass every other check. Training and PublicTest are counted from the csv, PrivateTest
-# is what they leave of the published totals 4953, 547, 5121, 8989, 6077, 4002, 6198 of all 35,887 rows.
+# Rows per label (in FER2013's own order) of each whole split. Copies of the csv with the classes in another
+# order are about; they carry the same pixels and pass every other check. Training and PublicTest are counted
+# from the csv, PrivateTest is what they leave of the published totals of all 35,887 rows: 4953, 547, 5121,
+# 8989, 6077, 4002 and 6198.
 WHOLE_SPLITS = {
     "Training": (3995, 436, 4097, 7215, 4830, 3171, 4965),
     "PublicTest": (467, 56, 496, 895, 653, 415, 607),
@@ -41,8 +43,8 @@ WHOLE_SPLITS = {
 def majority(votes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return each row's top column and whether it is the majority.
 
-    Single votes are outliers and do not count; the top column needs more than half of the votes that remain. This is the
-    majority mode of the FER+ paper.
+    Single votes are outliers and do not count; the top column needs more than half of the votes that remain.
+    This is the majority mode of the FER+ paper.
     """
     counted = np.where(votes == 1, 0, votes)
     return counted.argmax(axis=1), 2 * counted.max(axis=1) > counted.sum(axis=1)
@@ -54,7 +56,10 @@ def argmax(votes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 # From FER+ votes (N, 10) to the top column (N,) and whether the rule accepts it (N,) as the face's label.
-RULES: dict[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]] = {"majority": majority, "argmax": argmax}
+RULES: dict[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
+    "majority": majority,
+    "argmax": argmax,
+}
 ORIGINAL = "fer2013"  # the rule that needs no votes: FER2013's own labels
 
 
@@ -64,7 +69,8 @@ class Fer2013Options:
 
     csv: str = dataclasses.field(metadata={"help": "path of fer2013.csv, plain, .xz or .gz"})
     ferplus: str | None = dataclasses.field(
-        default=None, metadata={"help": "path of FER+'s fer2013new.csv: votes for the same rows, in the same order"}
+        default=None,
+        metadata={"help": "path of FER+'s fer2013new.csv: votes for the same rows, in the same order"},
     )
     rule: str = dataclasses.field(
         default="majority",
@@ -94,7 +100,7 @@ class Fer2013Options:
 
 
 def soft_labels(votes: np.ndarray, contempt: str = "drop") -> list[tuple[float, ...] | None]:
-    """Return each row's votes (N, 10) as a distribution over our 8 classes, or None where no vote is for one of them."""
+    """Return each row's votes (N, 10) as a distribution over our 8 classes, None where no vote is for one."""
     ours = np.zeros((len(votes), NUM_CLASSES))
     for column, name in enumerate(FERPLUS_ORDER):
         label = class_id(name, contempt)
@@ -107,15 +113,18 @@ def soft_labels(votes: np.ndarray, contempt: str = "drop") -> list[tuple[float, 
 def examples(options: Fer2013Options) -> Iterator[Item]:
     """Yield every row of FER2013: Training as train, PublicTest as validation, PrivateTest as test.
 
-    Under a FER+ rule, Training faces that are left without a label become `unlabeled` ones; rows that are not a face, and
-    PublicTest and PrivateTest rows without a label, are rejected: what is held out is never trained on.
+    Under a FER+ rule, Training faces that are left without a label become `unlabeled` ones; rows that are not
+    a face, and PublicTest and PrivateTest rows without a label, are rejected: what is held out is never
+    trained on.
 
     Raises:
         ValueError: a file is not what it should be; the message names the file, the row and what to do.
         FileNotFoundError: a file is not there.
     """
     path = Path(options.csv)
-    usages, votes = _read_votes(Path(options.ferplus)) if options.ferplus else (None, np.zeros((0, len(VOTES))))
+    usages, votes = (
+        _read_votes(Path(options.ferplus)) if options.ferplus else (None, np.zeros((0, len(VOTES))))
+    )
     soft = soft_labels(votes, options.contempt)
     winners, accepted = RULES.get(options.rule, majority)(votes)
     ours = [class_id(name) for name in FER2013_ORDER]
@@ -141,7 +150,7 @@ def examples(options: Fer2013Options) -> Iterator[Item]:
             distribution = soft[row - 1] if usages is not None else None
             split = SPLIT_OF_USAGE[usage]
             yield Example(split, _png(pixels), origin, "fer2013", expression, soft_label=distribution)
-        elif usage == "Training" and fate != "not a face":
+        elif _is_unlabeled(usage, fate):
             yield Example("unlabeled", _png(pixels), origin, "fer2013")
         else:
             yield Rejected(origin, fate)
@@ -172,9 +181,18 @@ def _summary(usage: str, fates: Counter[str], options: Fer2013Options) -> str:
     kept = f"{usage}: {fates.total():,} rows; kept by the {options.rule} rule {labelled + contempt:,}"
     if options.contempt == "drop":
         kept += f", of which contempt without a class of ours {contempt:,} dropped"
-    others = {fate: n for fate, n in sorted(fates.items()) if fate != "labelled"}
-    where = "to unlabeled or rejected" if usage == "Training" else "rejected"
-    return f"{kept} -> {labelled:,} labelled; {where}: " + ", ".join(f"{n:,} {fate}" for fate, n in others.items())
+    rejected = {fate: n for fate, n in sorted(fates.items()) if fate != "labelled"}
+    unlabeled = {fate: rejected.pop(fate) for fate in list(rejected) if _is_unlabeled(usage, fate)}
+    kept += f" -> {labelled:,} labelled"
+    for where, reasons in (("to unlabeled", unlabeled), ("rejected", rejected)):
+        listed = ", ".join(f"{n:,} {fate}" for fate, n in reasons.items())
+        kept += f"; {where} {sum(reasons.values()):,}" + (f" ({listed})" if listed else "")
+    return kept
+
+
+def _is_unlabeled(usage: str, fate: str) -> bool:
+    """Say whether a row without a label may be trained on as an unlabelled face."""
+    return usage == "Training" and fate != "not a face"
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
@@ -195,18 +213,23 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
             for number, cells in enumerate(filter(None, reader), start=1):  # blank lines are no rows
                 if len(cells) != len(header):
                     raise ValueError(
-                        f"{path} row {number}: {len(cells)} cells where the header has {len(header)}: get the file again"
+                        f"{path} row {number}: {len(cells)} cells, not the header's {len(header)}: "
+                        "get the file again"
                     )
                 yield dict(zip(header, cells, strict=True))
     except (lzma.LZMAError, EOFError, UnicodeDecodeError, gzip.BadGzipFile, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read ({error}): it is cut short or damaged, get it again") from error
+        raise ValueError(
+            f"{path} cannot be read ({error}): it is cut short or damaged, get it again"
+        ) from error
 
 
 def _parse(path: Path, row: int, cells: dict[str, str]) -> tuple[str, int, np.ndarray]:
-    """Check one row of FER2013 and return its usage, its label (FER2013's id) and its pixels (48, 48) uint8."""
+    """Check one row of FER2013 and return its usage, its own label and its pixels (48, 48) uint8."""
     usage, label = cells["Usage"].strip(), cells["emotion"].strip()
     if usage not in SPLIT_OF_USAGE:
-        raise ValueError(f"{path} row {row}: unknown Usage {usage!r}, expected one of {', '.join(SPLIT_OF_USAGE)}")
+        raise ValueError(
+            f"{path} row {row}: unknown Usage {usage!r}, expected one of {', '.join(SPLIT_OF_USAGE)}"
+        )
     if label not in ("0", "1", "2", "3", "4", "5", "6"):
         raise ValueError(
             f"{path} row {row}: emotion {label!r} is not a label from 0 to 6 "
@@ -215,14 +238,17 @@ def _parse(path: Path, row: int, cells: dict[str, str]) -> tuple[str, int, np.nd
     try:
         pixels = np.array(cells["pixels"].split(), dtype=np.int64)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{path} row {row}: pixels are not integers ({error}): restore the original file") from error
+        raise ValueError(
+            f"{path} row {row}: pixels are not integers ({error}): restore the original file"
+        ) from error
     if pixels.size != SIDE * SIDE:
         raise ValueError(
-            f"{path} row {row}: {pixels.size} pixels, expected {SIDE * SIDE} ({SIDE}x{SIDE}): restore the original file"
+            f"{path} row {row}: {pixels.size} pixels, expected {SIDE * SIDE}: restore the original file"
         )
     if pixels.min() < 0 or pixels.max() > 255:
         raise ValueError(
-            f"{path} row {row}: pixels from {pixels.min()} to {pixels.max()}, expected 0 to 255: restore the original file"
+            f"{path} row {row}: pixels from {pixels.min()} to {pixels.max()}, expected 0 to 255: "
+            "restore the original file"
         )
     return usage, int(label), pixels.astype(np.uint8).reshape(SIDE, SIDE)
 
@@ -233,7 +259,9 @@ def _read_votes(path: Path) -> tuple[list[str], np.ndarray]:
     for row, cells in enumerate(_rows(path, ("Usage", *VOTES)), start=1):
         counts = [cells[name].strip() for name in VOTES]
         if not all(count.isdecimal() for count in counts):
-            raise ValueError(f"{path} row {row}: votes {counts} are not all whole numbers: get the file again")
+            raise ValueError(
+                f"{path} row {row}: votes {counts} are not all whole numbers: get the file again"
+            )
         usages.append(cells["Usage"].strip())
         votes.append([int(count) for count in counts])
     return usages, np.array(votes, dtype=np.int64).reshape(-1, len(VOTES))
@@ -241,8 +269,8 @@ def _read_votes(path: Path) -> tuple[list[str], np.ndarray]:
 
 def _mismatch(path: Path, row: int, what: str) -> ValueError:
     return ValueError(
-        f"{path} row {row}: FER+ is not aligned with FER2013 ({what}); the two must list the same rows in the "
-        "same order: take both files as published, or cut both alike"
+        f"{path} row {row}: FER+ is not aligned with FER2013 ({what}); the two must list the same rows in "
+        "the same order: take both files as published, or cut both alike"
     )
 
 
@@ -252,8 +280,9 @@ def _check_order(path: Path, labels: dict[str, Counter[int]]) -> None:
         found = tuple(labels[usage][label] for label in range(len(FER2013_ORDER)))
         if sum(found) == sum(expected) and found != expected:
             raise ValueError(
-                f"{path}: the {sum(found):,} {usage} rows have {found} rows of class 0 to 6, the original has {expected} "
-                f"({', '.join(FER2013_ORDER)}): the classes are in an unknown order, take the original file"
+                f"{path}: the {sum(found):,} {usage} rows have {found} rows of class 0 to 6, the "
+                f"original has {expected} ({', '.join(FER2013_ORDER)}): the classes are in an unknown order, "
+                "take the original file"
             )
 
 

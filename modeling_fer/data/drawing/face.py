@@ -1,7 +1,7 @@
-"""What a drawn face is made of: who it is (`Identity`), what its muscles do (`Actions`), how it is seen (`View`).
+"""What a drawn face is made of: who it is, what its muscles do, and how it is seen.
 
-Lengths are in head units: the head is 2 high and about 1.5 wide, x runs to the right of the image and y downwards.
-Angles are in radians, colours are RGB in [0, 1].
+Lengths are in head units (a head is 2 high and about 1.5 wide), x runs right in the image and y down from
+the middle of the head. Angles are in radians, colours are RGB in [0, 1].
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ EYE_COLOURS: tuple[Colour, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Actions:
-    """Facial actions after the Facial Action Coding System, each an amount in [0, 1]; all zero is a face at rest.
+    """Facial actions after the Facial Action Coding System (AU: action unit), from 0 at rest to 1 in full.
 
-    `one_corner`, `one_brow` and `wink` act on one half of the face: the image's left for `side` < 0.5, else its right.
+    `one_corner`, `one_brow` and `wink` act on one half of the face, the image's left if `side` < 0.5.
     """
 
     inner_brow_raise: float = 0.0  # AU1
@@ -74,7 +74,7 @@ ACTION_NAMES = tuple(field.name for field in dataclasses.fields(Actions))
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """One person: bone, skin, hair and what is worn. Resting brows and mouth differ, so neutral is not one picture."""
+    """One person: bone, skin, hair and what is worn, with the brows and mouth of a face at rest."""
 
     skin: Colour
     lips: Colour
@@ -121,11 +121,17 @@ class Identity:
         """Draw a person."""
         u = rng.uniform
         tone = u(0, len(SKIN_TONES) - 1)
-        skin = np.array([np.interp(tone, range(len(SKIN_TONES)), [t[c] for t in SKIN_TONES]) for c in range(3)])
+        skin = np.array(
+            [np.interp(tone, range(len(SKIN_TONES)), [t[c] for t in SKIN_TONES]) for c in range(3)]
+        )
         skin = np.clip(skin + u(-0.03, 0.03, 3), 0, 1)
         light = bool(skin.mean() > 0.6)
         # Fair hair and eyes go with light skin; grey, white and dyed go with all.
-        odds = np.array([4, 4, 3, 1.2, 2.5, 1.2, 0.6, 0.5, 0.5]) if light else np.array([8, 3, 0.5, 0, 0, 1, 0.5, 0.5, 0.5])
+        odds = (
+            np.array([4, 4, 3, 1.2, 2.5, 1.2, 0.6, 0.5, 0.5])
+            if light
+            else np.array([8, 3, 0.5, 0, 0, 1, 0.5, 0.5, 0.5])
+        )
         hair = np.clip(np.array(HAIR_COLOURS[rng.choice(len(odds), p=odds / odds.sum())]) * u(0.8, 1.2), 0, 1)
         iris = EYE_COLOURS[rng.integers(len(EYE_COLOURS)) if light else rng.integers(3)]
         brows = np.minimum(hair * u(0.5, 0.8), skin * u(0.3, 0.45))  # brows never vanish into the skin
@@ -205,26 +211,26 @@ class View:
         """Draw a view; pose is that of a roughly aligned face crop."""
         u, n = rng.uniform, rng.standard_normal
         return cls(
-            yaw=float(np.clip(0.16 * n(), -0.4, 0.4)),
-            pitch=float(np.clip(0.1 * n(), -0.22, 0.22)),
-            roll=float(np.clip(0.07 * n(), -0.2, 0.2)),
-            scale=u(0.93, 1.08),
-            shift_x=u(-0.06, 0.06),
-            shift_y=u(-0.06, 0.06),
+            yaw=float(np.clip(0.1 * n(), -0.3, 0.3)),
+            pitch=float(np.clip(0.06 * n(), -0.18, 0.18)),
+            roll=float(np.clip(0.05 * n(), -0.15, 0.15)),
+            scale=u(0.95, 1.06),
+            shift_x=u(-0.04, 0.04),
+            shift_y=u(-0.04, 0.04),
             gaze_x=u(-0.6, 0.6),
             gaze_y=u(-0.35, 0.35),
             light_x=u(-1, 1),
             light_y=u(-1, 0.3),
             ambient=u(0.45, 0.85),
-            brightness=u(0.75, 1.15),
-            contrast=u(0.75, 1.2),
+            brightness=u(0.8, 1.12),
+            contrast=u(0.85, 1.2),
             cast=_colour(1 + u(-0.08, 0.08, 3), top=1.2),
             background=_colour(u(0.1, 0.85) + u(-0.2, 0.2, 3)),
             backdrop=_colour(u(0.1, 0.85) + u(-0.2, 0.2, 3)),
             backdrop_x=u(-1, 1),
             backdrop_y=u(-1, 1),
-            blur=u(0, 0.7) ** 2 if rng.random() < 0.7 else u(0.3, 0.8),
-            noise=u(0.0, 0.04),
+            blur=u(0, 0.6) ** 2 if rng.random() < 0.75 else u(0.3, 0.7),
+            noise=u(0.0, 0.03),
             grain=int(rng.integers(2**31)),
         )
 

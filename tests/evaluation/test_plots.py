@@ -1,0 +1,105 @@
+import importlib
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_fer.evaluation import plots
+from modeling_fer.evaluation.metrics import reliability_bins
+from modeling_fer.evaluation.plots import (
+    confusion_matrix_figure,
+    learning_curve_figure,
+    reliability_figure,
+    save,
+)
+from modeling_fer.labels import CLASSES
+
+HISTORY = [{"step": s, "loss": 2.0 / (s + 1), "lr": 1e-4 * (1 - s / 100)} for s in range(0, 100, 2)] + [
+    {"step": 50, "validation/macro_f1": 0.3, "validation/accuracy": 0.5},
+    {"step": 100, "validation/macro_f1": 0.25, "validation/accuracy": 0.55},
+]
+
+
+def words(figure):
+    return {text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))}
+
+
+def test_confusion_matrix_shows_counts_shares_names_and_score():
+    matrix = np.zeros((8, 8), int)
+    matrix[0, :2] = [3, 1]
+    matrix[4, 4] = 1200
+    text = words(confusion_matrix_figure(matrix))
+    assert {"75%", "25%", "100%", "3", "1", "1,200", *CLASSES, "Neutral\nn = 4"} <= text
+    # F1: Neutral 6/7, Happiness 1, six absent classes 0
+    assert "Confusion matrix: macro F1 0.232, accuracy 0.999" in text
+
+
+def test_confusion_matrix_of_the_wrong_size_is_an_error():
+    with pytest.raises(ValueError, match=r"expected shape \(8, 8\), got \(7, 7\)"):
+        confusion_matrix_figure(np.zeros((7, 7), int))
+
+
+def test_reliability_figure_draws_one_bar_per_filled_bin():
+    bins = reliability_bins([0, 0, 1], [[0.5, 0.5], [0.75, 0.25], [0.8, 0.2]], bins=4)
+    figure = reliability_figure(bins)
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights == [1, 1, 0]
+    assert f"Reliability: ECE {bins.ece:.3f}, 3 examples" in words(figure)
+
+
+def curves(figure):
+    return {
+        line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist())
+        for axes in figure.axes
+        for line in axes.get_lines()
+        if not line.get_label().startswith("_")
+    }
+
+
+def test_learning_curve_draws_every_column_over_steps():
+    drawn = curves(learning_curve_figure(HISTORY))
+    assert set(drawn) == {"training loss (smoothed)", "learning rate", "macro F1", "accuracy"}
+    assert drawn["macro F1"] == ([50, 100], [0.3, 0.25])
+    assert "best 0.300" in words(learning_curve_figure(HISTORY))
+
+
+def test_learning_curve_with_parts_missing_repeated_or_not_finite():
+    rows = [{"step": 2, "loss": 1.0}, {"step": 1, "loss": float("nan")}, {"step": 2, "loss": 0.5}]
+    drawn = curves(learning_curve_figure(rows))
+    assert drawn["training loss"][0] == [1, 2]
+    assert drawn["training loss"][1][1] == 0.5
+    assert set(curves(learning_curve_figure([{"step": 1, "lr": 1e-3}]))) == {"learning rate"}
+    assert set(curves(learning_curve_figure([{"step": 1, "validation/macro_f1": 0.1}]))) == {"macro F1"}
+    with pytest.raises(ValueError, match="to have 'step'"):
+        learning_curve_figure([{"loss": 1.0}])
+    with pytest.raises(ValueError, match="none in 0 rows"):
+        learning_curve_figure([])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: confusion_matrix_figure(np.eye(8, dtype=int) * 5),
+        lambda: reliability_figure(reliability_bins([0, 1], [[0.9, 0.1], [0.6, 0.4]])),
+        lambda: learning_curve_figure(HISTORY),
+    ],
+)
+def test_saved_files_are_png_and_repeatable(make, tmp_path):
+    path = tmp_path / "figures" / "one.png"
+    save(make(), path)
+    first = path.read_bytes()
+    save(make(), path)
+    assert path.read_bytes() == first
+    image = Image.open(io.BytesIO(first))
+    assert image.format == "PNG"
+    assert min(image.size) > 400
+    assert len(np.unique(np.asarray(image.convert("L")))) > 20  # something was drawn
+    assert [f.name for f in path.parent.iterdir()] == ["one.png"]
+
+
+def test_plots_do_without_pyplot(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it raises
+    fresh = importlib.reload(plots)
+    fresh.save(fresh.learning_curve_figure(HISTORY), tmp_path / "curve.png")

@@ -1,0 +1,142 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from modeling_fer.learning.arguments import FREE_ON_RESUME, FerTrainingArguments, parse_arguments
+
+NEEDED = ["--data", "d", "--output_dir", "o"]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Return a writer of a configuration file."""
+
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return ["--config", str(path)]
+
+    return write
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(config):
+    file = config("data: from_file\noutput_dir: out\nbatch_size: 8\nlearning_rate: 1e-3\n")
+    arguments = parse_arguments([*file, "--batch_size", "16", "--seed=3"])
+    assert (arguments.data, arguments.output_dir) == ("from_file", "out")
+    assert (arguments.batch_size, arguments.seed) == (16, 3)
+    assert arguments.learning_rate == 0.001  # YAML reads 1e-3 as text
+    untouched = {"data", "output_dir", "batch_size", "seed", "learning_rate"}
+    for f in dataclasses.fields(arguments):
+        assert f.name in untouched or getattr(arguments, f.name) == f.default, f.name
+
+
+def test_the_order_on_the_command_line_does_not_matter(config):
+    file = config("data: d\noutput_dir: o\nbatch_size: 8\n")
+    assert parse_arguments(["--batch_size", "16", *file]) == parse_arguments([*file, "--batch_size", "16"])
+    assert parse_arguments([f"--config={file[1]}"]).batch_size == 8
+
+
+def test_types_are_those_of_the_fields(config):
+    file = config("data: d\noutput_dir: o\nepochs: 3\nmax_steps: 7\nerasing: 0.25\nencoder: 2024\n")
+    arguments = parse_arguments(file)
+    assert (arguments.epochs, type(arguments.epochs)) == (3.0, float)
+    assert (arguments.max_steps, type(arguments.max_steps)) == (7, int)
+    assert (arguments.erasing, arguments.encoder) == (0.25, "2024")
+
+
+@pytest.mark.parametrize("text", ["true", "True", "yes", "on", "1"])
+def test_booleans_that_are_on(text, config):
+    assert parse_arguments(config(f"data: d\noutput_dir: o\nsoft_labels: {text}\n")).soft_labels is True
+    assert parse_arguments([*NEEDED, "--soft_labels", text.replace("on", "yes")]).soft_labels is True
+    assert parse_arguments([*NEEDED, "--soft_labels"]).soft_labels is True
+
+
+@pytest.mark.parametrize("text", ["false", "no", "0"])
+def test_booleans_that_are_off(text, config):
+    file = config("data: d\noutput_dir: o\nsoft_labels: true\ncompile: " + text)
+    arguments = parse_arguments([*file, "--soft_labels", text])
+    assert (arguments.soft_labels, arguments.compile) == (False, False)
+
+
+def test_hyphens_do_as_well():
+    assert parse_arguments([*NEEDED, "--max-steps", "5"]).max_steps == 5
+
+
+def test_an_empty_field_keeps_its_default(config):
+    arguments = parse_arguments(config("data: d\noutput_dir: o\nencoder:\nseed: null\n"))
+    assert (arguments.encoder, arguments.seed) == ("", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: d\nlearning_rat: 1\n", "run.yaml holds unknown fields learning_rat; known fields: data, "),
+        ("data: d\n3: 1\n", "run.yaml holds unknown fields 3;"),
+        ("- data\n- d\n", "run.yaml holds no mapping of fields to values"),
+        ("data: [a, b]\n", "run.yaml: data must be a single value"),
+        ("data: {a: b\n", "run.yaml is not YAML"),
+    ],
+)
+def test_a_bad_file_is_named(text, message, config):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(config(text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        parse_arguments(["--config", str(tmp_path / "absent.yaml")])
+
+
+def test_a_value_of_the_wrong_type_stops_the_command(config, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(config("data: d\noutput_dir: o\nbatch_size: many\n"))
+    message = capsys.readouterr().err
+    assert "batch_size" in message
+    assert "'many'" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stage", "audio"), ("classes", "some"), ("augmentation", "strong"), ("precision", "fp8"),
+        ("precision", "fp16"), ("tracker", "paper"), ("data", ""), ("output_dir", ""), ("batch_size", 0),
+        ("accumulation_steps", 0), ("eval_steps", -1), ("eval_batch_size", 0), ("save_steps", 0),
+        ("log_steps", 0), ("keep_checkpoints", 0), ("patch_size", 0), ("num_layers", -1), ("max_steps", -1),
+        ("epochs", 0), ("ema_decay", 1.5), ("label_smoothing", -0.1), ("erasing", 2), ("dropout", -1),
+        ("warmup", 1.01), ("sampling_alpha", -0.5), ("image_size", -1), ("lora_rank", -4), ("seed", -1),
+        ("weight_decay", -1), ("max_grad_norm", -1), ("learning_rate", 0), ("learning_rate", -1e-3),
+        ("epochs", float("nan")), ("learning_rate", float("nan")), ("dropout", float("nan")),
+        ("weight_decay", float("nan")),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_name_their_flag(name, value):
+    values = {"data": "d", "output_dir": "o", name: value}
+    with pytest.raises(ValueError, match=f"--{name}"):
+        FerTrainingArguments(**values)
+
+
+def test_the_saved_arguments_are_read_back(tmp_path):
+    arguments = FerTrainingArguments(data="d", output_dir="o", seed=4, soft_labels=True)
+    arguments.save(tmp_path / "arguments.json")
+    saved = json.loads((tmp_path / "arguments.json").read_text())
+    assert FerTrainingArguments(**saved) == arguments
+    assert arguments.differences(saved) == []
+
+
+def test_differences_are_those_that_decide_what_is_learnt():
+    saved = dataclasses.asdict(FerTrainingArguments(data="d", output_dir="o"))
+    other = FerTrainingArguments(data="d", output_dir="p", resume="auto", save_steps=7, seed=1)
+    assert other.differences(saved) == ["seed: 0 -> 1"]
+    assert saved.keys() >= FREE_ON_RESUME
+    del saved["dropout"]  # a run of a version without this field
+    assert other.differences(saved) == ["dropout: None -> 0.0", "seed: 0 -> 1"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_every_configuration_in_the_repository_can_be_read(path):
+    arguments = parse_arguments(["--config", str(path), *NEEDED])
+    assert arguments.data == "d"

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor, CLIPImageProcessor
+
+from modeling_fer import CLASSES
+from modeling_fer.data import schema
+from modeling_fer.learning.arguments import FerTrainingArguments
+from modeling_fer.learning.image import (
+    build_model,
+    build_processor,
+    choose_classes,
+    freeze_unused,
+    labelled_rows,
+)
+
+TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
+
+
+def arguments(**options):
+    return FerTrainingArguments(data="d", output_dir="o", **{**TINY, **options})
+
+
+def test_rows_with_a_label(prepared):
+    data = schema.load(prepared)
+    assert len(labelled_rows(data, "train", "d")) == 24
+    data["train"] = data["train"].map(
+        lambda row, i: {**row, "expression": -1 if i % 2 else row["expression"]}, with_indices=True
+    )
+    kept = labelled_rows(data, "train", "d")
+    assert kept["expression"][:] == data["train"]["expression"][::2]
+    with pytest.raises(ValueError, match=r"d has no test split \(it has train, validation, unlabeled\)"):
+        labelled_rows(data, "test", "d")
+    with pytest.raises(ValueError, match="d: no row of the unlabeled split has a label"):
+        labelled_rows(data, "unlabeled", "d")
+
+
+def test_which_classes_a_model_has():
+    assert choose_classes(np.arange(8), "all", "d") == list(CLASSES)
+    some = np.array([6, 0, 0, 4])
+    assert choose_classes(some, "present", "d") == ["Neutral", "Happiness", "Surprise"]
+    with pytest.raises(
+        ValueError, match=r"d: no training rows of Anger, Disgust, Fear, Sadness, Other; .*present"
+    ):
+        choose_classes(some, "all", "d")
+
+
+def test_a_new_model_follows_the_arguments():
+    model = build_model(arguments(dropout=0.25, pooling="cls"), ["Fear", "Anger"])
+    config = model.config
+    assert config.class_names == ["Fear", "Anger"]
+    assert (config.image_size, config.pooling, config.classifier_dropout) == (32, "cls", 0.25)
+    encoder = config.encoder_config
+    assert (encoder.hidden_size, encoder.num_hidden_layers, encoder.intermediate_size) == (32, 2, 128)
+    assert model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2)
+
+
+def test_a_pretrained_model_keeps_its_weights_and_takes_the_new_size(checkpoint):
+    model = build_model(arguments(encoder=str(checkpoint), image_size=24), list(CLASSES))
+    assert (model.config.image_size, model.config.encoder_config.hidden_size) == (24, 16)
+    assert (
+        build_model(arguments(encoder=str(checkpoint), image_size=0), list(CLASSES)).config.image_size == 16
+    )
+
+
+def test_the_processor_normalises_as_the_encoder_was_trained(checkpoint, tmp_path):
+    own = build_processor(arguments(), 32)
+    assert (own.size["height"], own.size["width"]) == (32, 32)
+    assert list(own.image_mean) == list(own.image_std) == [0.5] * 3
+    taken = build_processor(arguments(encoder=str(checkpoint)), 24)
+    assert (taken.size["height"], list(taken.image_mean)) == (24, [0.5, 0.4, 0.6])
+
+    CLIPImageProcessor().save_pretrained(tmp_path / "clip")  # resizes its own way, crops in the centre
+    taken = build_processor(arguments(encoder=str(tmp_path / "clip")), 24)
+    assert taken.image_mean == CLIPImageProcessor().image_mean
+    taken.save_pretrained(tmp_path / "ours")
+    again = AutoImageProcessor.from_pretrained(tmp_path / "ours")
+    assert again.size["height"] == 24
+    assert not getattr(again, "do_center_crop", None)
+
+    (tmp_path / "bare").mkdir()  # weights alone
+    assert list(build_processor(arguments(encoder=str(tmp_path / "bare")), 24).image_mean) == [0.5] * 3
+
+
+def test_what_no_output_depends_on_is_frozen(encoder, make_model):
+    name, encoder_config, _ = encoder
+    model = make_model(encoder_config)
+    frozen = freeze_unused(model, 16)
+    known = {"dinov2": "mask_token", "dinov2_registers": "mask_token", "dinov3": "mask_token"}
+    known |= {"clip": "post_layernorm", "siglip": "head."}
+    assert bool(frozen) is (name in known)
+    assert all(known[name] in one for one in frozen)
+    assert all(p.grad is None for p in model.parameters())
+    model(torch.randn(2, 3, 16, 16), labels=torch.tensor([0, 1])).loss.backward()
+    assert {n for n, p in model.named_parameters() if p.grad is None} == set(frozen)
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(frozen)

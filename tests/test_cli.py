@@ -1,0 +1,255 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import picture
+from PIL import Image
+from transformers.utils import logging
+
+from modeling_fer import CLASSES
+from modeling_fer.cli import build_parser, main
+from modeling_fer.data import schema
+from modeling_fer.data.augment import Normalize
+from modeling_fer.data.pixels import decode
+from modeling_fer.evaluation.metrics import compute_metrics
+from modeling_fer.learning.inference import load_classifier, predict_probabilities
+
+
+@pytest.fixture(autouse=True)
+def _verbosity():
+    """Put back what the command switches off for its own process."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
+    logging.enable_progress_bar()
+
+
+def direct(checkpoint, images):
+    """Probabilities of images without any of the command's code."""
+    model, processor = load_classifier(checkpoint)
+    pixels = np.stack([decode(image, 16) for image in images])
+    return predict_probabilities(model, pixels, Normalize(processor.image_mean, processor.image_std))
+
+
+# -- data -------------------------------------------------------------------------------------------
+
+
+def test_prepare_a_folder_and_show_it(image_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["data", "prepare", "folder", "--root", str(image_folder), "--out", str(out)]
+    assert main(command) == 0
+    report = capsys.readouterr().out
+    assert all(name in report for name in CLASSES)
+    data = schema.load(out)
+    assert {split: len(rows) for split, rows in data.items()} == {
+        "train": 24,
+        "validation": 16,
+        "unlabeled": 2,
+    }
+    assert main(["data", "show", str(out)]) == 0
+    assert capsys.readouterr().out == report
+
+    assert main(command) == 2  # it is there already
+    assert str(out) in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--drop-duplicates"]) == 0
+
+
+@pytest.mark.parametrize("hyphens", [True, False])
+def test_prepare_synthetic_faces_with_either_spelling_of_flags(hyphens, tmp_path):
+    flags = {
+        "image_size": 16,
+        "subjects": 8,
+        "train": 16,
+        "validation": 8,
+        "test": 8,
+        "unlabeled": 8,
+        "seed": 5,
+    }
+    command = ["data", "prepare", "synthetic", "--out", str(tmp_path / "out")]
+    for name, value in flags.items():
+        command += [f"--{name.replace('_', '-') if hyphens else name}", str(value)]
+    assert main(command) == 0
+    data = schema.load(tmp_path / "out")
+    assert {split: len(rows) for split, rows in data.items()} == {
+        split: flags[split] for split in ("train", "validation", "test", "unlabeled")
+    }
+    assert data["train"][0]["image"].size == (16, 16)
+
+
+def test_a_folder_without_data(tmp_path, capsys):
+    assert main(["data", "show", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("fer: ")
+    assert message.count("\n") == 1
+
+
+# -- eval -------------------------------------------------------------------------------------------
+
+
+def test_eval_writes_the_figures_of_direct_predictions(checkpoint, prepared, tmp_path, capsys):
+    out = tmp_path / "report"
+    command = [
+        "eval",
+        "--model",
+        str(checkpoint),
+        "--data",
+        str(prepared),
+        "--out",
+        str(out),
+        "--batch-size",
+        "5",
+    ]
+    assert main(command) == 0
+    rows = schema.load(prepared, "validation")["validation"]
+    probabilities = direct(checkpoint, rows["image"][:])
+    expected = compute_metrics(rows["expression"][:], probabilities.argmax(1), probabilities)
+    written = json.loads((out / "metrics.json").read_text())
+    assert (written["model"], written["data"], written["split"]) == (
+        str(checkpoint),
+        str(prepared),
+        "validation",
+    )
+    assert written["samples"] == 16
+    for name in ("confusion_matrix", "per_class", "macro_f1", "accuracy", "interval"):
+        assert written[name] == expected[name], name
+    assert written["ece"] == pytest.approx(expected["ece"], abs=1e-6)
+    assert written["nll"] == pytest.approx(expected["nll"], abs=1e-5)
+    assert 0 < written["accuracy"] < 1  # else little would be compared
+    for name in ("confusion_matrix.png", "reliability.png"):
+        with Image.open(out / name) as image:
+            assert min(image.size) > 100
+    shown = capsys.readouterr().out
+    assert f"macro F1 {expected['macro_f1']:.3f} over 8 classes" in shown
+    assert f"written: {out}" in shown
+
+
+def test_eval_with_a_model_of_fewer_classes(prepared, make_model, checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    make_model(id2label={0: "Surprise", 1: "Neutral", 2: "Anger"}).save_pretrained(folder)
+    shutil.copy(checkpoint / "preprocessor_config.json", folder)
+    command = ["eval", "--model", str(folder), "--data", str(prepared), "--out", str(tmp_path / "out")]
+    assert main([*command, "--split", "train"]) == 0
+    matrix = np.array(json.loads((tmp_path / "out/metrics.json").read_text())["confusion_matrix"])
+    assert matrix.sum(1).tolist() == [3] * 8
+    guessed = {name for name, column in zip(CLASSES, matrix.sum(0), strict=True) if column}
+    assert guessed <= {"Surprise", "Neutral", "Anger"}
+
+
+@pytest.mark.parametrize("split", ["test", "unlabeled"])
+def test_eval_needs_a_split_with_labels(split, checkpoint, prepared, tmp_path, capsys):
+    command = ["eval", "--model", str(checkpoint), "--data", str(prepared), "--out", str(tmp_path / "out")]
+    assert main([*command, "--split", split]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("fer: ")
+    assert not (tmp_path / "out").exists()
+
+
+# -- predict ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Return a folder of 5 images, some of them deeper or with capitals, and a file that is none."""
+    root = tmp_path / "photos"
+    (root / "deep.jpg").mkdir(parents=True)  # a folder, whatever its name
+    for i, name in enumerate(("a.png", "b.PNG", "c.bmp", "deep.jpg/d.png", "e.png")):
+        picture(i, 50, size=24).save(root / name, format=name.rsplit(".", 1)[1].upper())
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+def test_predict_as_text(checkpoint, photos, capsys):
+    assert main(["predict", str(photos), "--model", str(checkpoint), "--batch-size", "2"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    files = [photos / name for name in ("a.png", "b.PNG", "c.bmp", "deep.jpg/d.png", "e.png")]
+    assert [line[0] for line in lines] == [str(path) for path in files]
+    probabilities = direct(checkpoint, [Image.open(path) for path in files])
+    for line, row in zip(lines, probabilities, strict=True):
+        assert line[1] == CLASSES[row.argmax()]
+        assert float(line[2]) == pytest.approx(row.max(), abs=0.0051)
+
+
+def test_predict_as_json_on_files_and_folders(checkpoint, photos, capsys):
+    paths = [photos / "e.png", photos / "deep.jpg"]
+    assert main(["predict", *map(str, paths), "--model", str(checkpoint), "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    files = [photos / "e.png", photos / "deep.jpg/d.png"]
+    assert [one["file"] for one in found] == [str(path) for path in files]
+    for one, row in zip(found, direct(checkpoint, [Image.open(path) for path in files]), strict=True):
+        assert one["expression"] == CLASSES[row.argmax()]
+        assert list(one["probabilities"]) == list(CLASSES)
+        assert list(one["probabilities"].values()) == pytest.approx(row.tolist(), abs=1e-4)
+
+
+def test_unreadable_files_are_named_and_skipped(checkpoint, photos, capsys):
+    whole = (photos / "a.png").read_bytes()
+    (photos / "broken.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "empty.png").touch()
+    assert main(["predict", str(photos), "--model", str(checkpoint), "--batch-size", "1"]) == 1
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 5
+    skipped = output.err.splitlines()
+    assert len(skipped) == 3
+    assert skipped[0].startswith(f"skipped {photos / 'broken.png'}: ")
+    assert skipped[1].startswith(f"skipped {photos / 'empty.png'}: ")
+    assert skipped[2] == "2 of 7 files could not be read"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("absent.png", "no such file or folder"), ("none", "holds no images")]
+)
+def test_paths_without_images(name, message, checkpoint, tmp_path, capsys):
+    (tmp_path / "none").mkdir()
+    assert main(["predict", str(tmp_path / name), "--model", str(checkpoint)]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert str(tmp_path / name) in output.err
+    assert not output.out
+
+
+@pytest.mark.parametrize("command", ["predict", "eval"])
+def test_a_missing_model_is_one_line(command, prepared, photos, tmp_path, capsys):
+    absent = str(tmp_path / "absent")
+    rest = (
+        [str(photos)] if command == "predict" else ["--data", str(prepared), "--out", str(tmp_path / "out")]
+    )
+    assert main([command, *rest, "--model", absent]) == 2
+    output = capsys.readouterr()
+    assert output.err == f"fer: no model folder {absent}; train one (`make demo`) or pass --model DIR\n"
+    assert not output.out
+
+
+# -- the grammar ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "many"])
+def test_a_batch_holds_at_least_one_image(size, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "x.png", "--batch-size", size])
+    assert stop.value.code == 2
+    assert "--batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["data"], ["data", "prepare"], ["data", "prepare", "nonsense"], ["eval"]]
+)
+def test_an_incomplete_command_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args(command)
+    assert stop.value.code == 2
+    assert "usage: fer" in capsys.readouterr().err
+
+
+def test_the_installed_command(checkpoint, photos):
+    script = Path(sys.executable).with_name("fer")
+    if not script.exists():
+        pytest.skip("the package is not installed")
+    command = [script, "predict", photos / "c.bmp", "--model", checkpoint, "--json"]
+    done = subprocess.run(command, cwd=photos, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["file"] == str(photos / "c.bmp")
+    assert done.stderr == ""

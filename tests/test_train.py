@@ -1,0 +1,261 @@
+"""The training script through its front door: runs, resumes, processes, bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_fer import FerForImageClassification
+from modeling_fer.data import schema
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+TINY = {
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "batch_size": 8,
+    "max_steps": STEPS,
+    "log_steps": 1,
+    "eval_steps": 4,
+    "save_steps": 3,
+    "dropout": 0.1,
+    "erasing": 0.5,
+    "tracker": "none",
+    "threads": 1,
+    "ema_decay": 0.9,
+}
+
+
+def command(data: Path, out: Path, launcher: tuple[str, ...] = (sys.executable,), **options) -> list[str]:
+    fields = {**TINY, "data": data, "output_dir": out, **options}
+    flags = [text for name, value in fields.items() for text in (f"--{name}", str(value))]
+    return [*launcher, str(ROOT / "train.py"), *flags]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def run(*args, check: bool = True, **options) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(*args, **options), env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def history(out: Path) -> list[dict]:
+    """Rows of the run without its speed, which no two runs share."""
+    rows = map(json.loads, (out / "history.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+def assert_equal(a, b) -> None:
+    """Equality to the last bit of nested containers of tensors and plain values."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    last = f"checkpoints/step_{STEPS:08d}"
+    assert history(a) == history(b)
+    assert json.loads((a / last / "state.json").read_text()) == json.loads(
+        (b / last / "state.json").read_text()
+    )
+    for name in ("optimizer.bin", "objects.pt"):
+        assert_equal(*(torch.load(run / last / name, weights_only=True) for run in (a, b)))
+    for name in (f"{last}/model.safetensors", "model/model.safetensors"):
+        assert_equal(load_file(a / name), load_file(b / name))
+
+
+@pytest.fixture(scope="module")
+def finished(prepared, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    run(prepared, out)
+    return out
+
+
+def test_leaves_model_history_curve_and_last_checkpoints(finished):
+    rows = history(finished)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    judged = {row["step"]: row["validation/macro_f1"] for row in rows if "validation/macro_f1" in row}
+    assert list(judged) == [4, 8, 12]
+    state = json.loads((finished / f"checkpoints/step_{STEPS:08d}/state.json").read_text())
+    assert state["best"] == max(judged.values()) == judged[state["best_step"]]
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_00000009", "step_00000012"]
+    assert (finished / "learning_curve.png").stat().st_size > 1000
+    assert {"preprocessor_config.json", "modeling_fer.py"} <= {p.name for p in (finished / "model").iterdir()}
+
+
+def test_best_model_reproduces_its_score(finished, prepared, tmp_path):
+    from modeling_fer.cli import main
+
+    assert (
+        main(["eval", "--model", f"{finished}/model", "--data", str(prepared), "--out", str(tmp_path)]) == 0
+    )
+    state = json.loads((finished / f"checkpoints/step_{STEPS:08d}/state.json").read_text())
+    assert json.loads((tmp_path / "metrics.json").read_text())["macro_f1"] == state["best"]
+
+
+def test_killed_at_random_steps_and_resumed_is_uninterrupted(finished, prepared, tmp_path):
+    out = tmp_path / "killed"
+    for step in sorted(random.Random(0).sample(range(1, STEPS), 5)):
+        process = subprocess.Popen(
+            command(prepared, out, resume="auto"),
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            done = (
+                (out / "history.jsonl").read_text().count('"loss"') if (out / "history.jsonl").exists() else 0
+            )
+            if done >= step:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it must have been killed in the middle"
+    run(prepared, out, resume="auto")
+    assert_same_run(finished, out)
+
+
+def test_accumulated_steps_see_the_same_examples(finished, prepared, tmp_path):
+    out = tmp_path / "accumulated"
+    run(prepared, out, accumulation_steps=2, augmentation="none", erasing=0, dropout=0)
+    plain = tmp_path / "plain"
+    run(prepared, plain, augmentation="none", erasing=0, dropout=0)
+    losses = [[row["loss"] for row in history(path) if "loss" in row] for path in (out, plain)]
+    assert np.allclose(*losses, rtol=0, atol=2e-2), (
+        "the same batches in two halves give the same losses but for rounding"
+    )
+
+
+def test_two_processes_see_what_one_sees(prepared, tmp_path):
+    """Same examples in each step, so the same losses and weights but for the order of sums."""
+    options = {"augmentation": "none", "erasing": 0, "dropout": 0, "precision": "no", "max_steps": 6}
+    launcher = (
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--cpu",
+        "--num_machines",
+        "1",
+    )
+    run(prepared, tmp_path / "one", **options)
+    run(prepared, tmp_path / "two", launcher=(*launcher, "--main_process_port", "0"), **options)
+    rows = [history(tmp_path / name) for name in ("one", "two")]
+    for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], abs=2e-5) for key in a)
+    a, b = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+
+
+def test_lora_run_publishes_merged_weights_and_the_adapter_apart(prepared, tmp_path):
+    run(prepared, tmp_path / "lora", lora_rank=2, max_steps=4)
+    model = tmp_path / "lora/model"
+    assert {p.name for p in (model / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert not (model / "adapter_config.json").exists()
+    loaded = FerForImageClassification.from_pretrained(model)
+    assert not [name for name in loaded.state_dict() if "lora" in name]
+
+
+def test_starts_from_a_saved_encoder(finished, prepared, tmp_path):
+    run(
+        prepared,
+        tmp_path / "tuned",
+        encoder=finished / "model",
+        max_steps=1,
+        learning_rate=1e-30,
+        weight_decay=0,
+        ema_decay=0,
+        image_size=0,
+    )
+    before, after = (load_file(path / "model/model.safetensors") for path in (finished, tmp_path / "tuned"))
+    encoder = [name for name in before if name.startswith("fer.encoder.")]
+    assert encoder
+    assert all(torch.equal(before[name], after[name]) for name in encoder)
+
+
+def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(prepared, tmp_path):
+    out = tmp_path / "diverging"
+    run(prepared, out, max_steps=12, save_steps=3)
+    for step in (9, 12):
+        weights = out / f"checkpoints/step_{step:08d}"
+        if step == 12:  # go back to 9 and poison what follows
+            for file in weights.iterdir():
+                file.unlink()
+            weights.rmdir()
+    good = load_file(out / "checkpoints/step_00000009/model.safetensors")
+    optimizer = torch.load(out / "checkpoints/step_00000009/optimizer.bin", weights_only=True)
+    for moments in optimizer["state"].values():
+        moments["exp_avg"].fill_(float("nan"))
+    torch.save(optimizer, out / "checkpoints/step_00000009/optimizer.bin")
+    done = run(prepared, out, max_steps=12, save_steps=3, resume="auto", check=False)
+    assert done.returncode == 1
+    assert "the loss became nan" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())][-1] == "step_00000009"
+    assert_equal(good, load_file(out / "checkpoints/step_00000009/model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resume": "auto", "learning_rate": 0.5}, "learning_rate: 0.0005 -> 0.5"),
+        ({}, "holds a run already; continue it with --resume auto"),
+        ({"resume": "nowhere"}, "nowhere is no checkpoint"),
+        ({"batch_size": 7, "accumulation_steps": 2, "resume": "auto"}, "does not divide"),
+    ],
+)
+def test_wrong_resumes_are_told(finished, prepared, options, message, monkeypatch):
+    import train
+    from modeling_fer.learning.arguments import parse_arguments
+
+    argv = command(prepared, finished, **options)[2:]
+    with pytest.raises((ValueError, OSError), match=message):
+        train.train(parse_arguments(argv))
+
+
+def test_empty_class_is_told_and_left_out_when_asked(prepared, tmp_path):
+    data = schema.load(prepared)
+    for split in data:
+        data[split] = data[split].filter(lambda label: label != 7, input_columns="expression")
+        (tmp_path / "data/data").mkdir(parents=True, exist_ok=True)
+        data[split].to_parquet(tmp_path / f"data/data/{split}-00000-of-00001.parquet")
+    done = run(tmp_path / "data", tmp_path / "all", check=False)
+    assert done.returncode == 1
+    assert "no training rows of Other" in done.stderr
+    assert "--classes present" in done.stderr
+    run(tmp_path / "data", tmp_path / "present", classes="present", max_steps=1)
+    assert FerForImageClassification.from_pretrained(tmp_path / "present/model").config.num_labels == 7
