@@ -11,7 +11,7 @@ def class_quotas(probabilities: np.ndarray, total: int) -> np.ndarray:
     """Whole numbers `(C,)` that sum to `total`, each within one of `probabilities * total`."""
     exact = probabilities * total
     quotas = np.floor(exact).astype(np.int64)
-    # The largest remainders are rounded up. Stable sort: equal ones go to the lower class id, on every platform.
+    # The largest remainders are rounded up; stable, so that equal ones go to the lower class id everywhere.
     largest = np.argsort(-(exact - quotas), kind="stable")
     quotas[largest[: total - quotas.sum()]] += 1
     return quotas
