@@ -86,9 +86,7 @@ class FerPreTrainedModel(PreTrainedModel):
                 name_or_path, config=config, output_loading_info=True, **option
             )
             missing = list(info["missing_keys"])
-        encoder.config.dtype = (
-            torch.float32
-        )  # new weights are trained, whatever precision these were stored in
+        encoder.config.dtype = torch.float32  # to be trained in, whatever precision it was stored in
         model = cls(FerConfig(encoder_config=encoder.config, **config_options))
         # An encoder may bring a pooling layer that this pooling does not use; nothing of ours may be missing.
         target = model.get_submodule(f"{'' if cls is FerModel else 'fer.'}encoder")

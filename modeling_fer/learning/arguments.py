@@ -140,6 +140,9 @@ class FerTrainingArguments:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
 
+        if self.augmentation == "none" and self.erasing:
+            raise ValueError(f"--erasing {self.erasing} needs --augmentation weak, got none")
+
     def save(self, path: Path) -> None:
         """Write all fields as JSON."""
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
@@ -159,7 +162,9 @@ def parse_arguments(argv: list[str] | None = None) -> FerTrainingArguments:
     """
     parser = HfArgumentParser(FerTrainingArguments, description="Train a facial-expression model.")  # type: ignore[arg-type]
     parser.add_argument("--config", help="YAML file of the fields below; the command line wins over it")
-    first, _ = argparse.ArgumentParser(add_help=False, parents=[_config_only()]).parse_known_args(argv)
+    config_only = argparse.ArgumentParser(add_help=False)
+    config_only.add_argument("--config")
+    first, _ = config_only.parse_known_args(argv)
     if first.config:
         parser.set_defaults(**_read_config(Path(first.config)))
     namespace = vars(parser.parse_args(argv))
@@ -187,9 +192,3 @@ def _read_config(path: Path) -> dict[str, str]:
         if isinstance(value, (dict, list)):
             raise ValueError(f"{path}: {name} must be a single value, got {value}")
     return {name: str(value) for name, value in values.items() if value is not None}
-
-
-def _config_only() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config")
-    return parser
