@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 # Draw faces, train a small ViT on some people, evaluate it on others.
 demo: $(STAMP)
 	test -d data/demo || $(BIN)/fer data prepare synthetic --out data/demo
-	$(BIN)/accelerate launch --config_file configs/accelerate/one_process.yaml train.py --config configs/demo.yaml --resume auto
+	$(BIN)/accelerate launch --quiet --config_file configs/accelerate/one_process.yaml train.py --config configs/demo.yaml --resume auto
 	$(BIN)/fer eval --model runs/demo/model --data data/demo --split test --out runs/demo
 
 test: $(STAMP)
@@ -25,6 +25,7 @@ test-slow: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:

@@ -6,12 +6,14 @@ checkpoints.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,16 @@ from transformers.utils import logging
 
 from modeling_fer.data.dataset import as_batch
 from modeling_fer.evaluation import plots
+from modeling_fer.evaluation.metrics import write_whole
 from modeling_fer.learning.arguments import FerTrainingArguments, parse_arguments
-from modeling_fer.learning.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, write_folder
+from modeling_fer.learning.checkpoint import (
+    drop_later,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+    write_folder,
+)
 from modeling_fer.learning.image import image_stage
 from modeling_fer.learning.stage import Stage
 
@@ -39,9 +49,17 @@ STAGES = {"image": image_stage}
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """`auto` to bf16 where the device has instructions for it (slower elsewhere), else no."""
+    """`auto` to what the launcher was told, else to bf16 where the device has instructions for it, else no.
+
+    Raises:
+        ValueError: the launcher was told a precision that is not offered.
+    """
     if wanted != "auto":
         return wanted
+    if (told := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        if told != "bf16":
+            raise ValueError(f"accelerate launch --mixed_precision {told} is not offered; use bf16 or no")
+        return told
     if device.type == "cpu":
         has = torch.cpu.get_capabilities()
         return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "no"
@@ -105,7 +123,7 @@ class History:
             if path.exists() and step:
                 rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
                 self.rows = [row for row in rows if row["step"] <= step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row."""
@@ -126,8 +144,10 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         FloatingPointError: the loss is no longer finite; the last checkpoint is good.
     """
     run = Path(arguments.output_dir)
+    if arguments.tracker != "none" and find_spec(arguments.tracker) is None:
+        raise ValueError(f"--tracker {arguments.tracker}: pip install {arguments.tracker}, or choose another")
     accelerator = Accelerator(
-        mixed_precision="no",  # a step chooses where it autocasts; evaluation is in float32
+        mixed_precision="no",  # a step autocasts where it wants to; evaluation is in float32
         log_with=None if arguments.tracker == "none" else arguments.tracker,
         project_dir=str(run),
     )
@@ -144,7 +164,7 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
             f"{arguments.accumulation_steps} accumulation steps"
         )
     checkpoint = find_checkpoint(run, arguments.resume)
-    if checkpoint and (other := arguments.differences(json.loads((run / "arguments.json").read_text()))):
+    if checkpoint and (other := arguments.differences(read_state(checkpoint)["arguments"])):
         raise ValueError(
             f"{checkpoint} is of another configuration ({'; '.join(other)}); resume with the same, "
             "or use another --output_dir"
@@ -174,9 +194,10 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
     if checkpoint:
         state = load_checkpoint(accelerator, checkpoint, objects)
         accelerator.print(f"resumed from {checkpoint}")
-    elif is_main:
-        run.mkdir(parents=True, exist_ok=True)
+    state["arguments"] = dataclasses.asdict(arguments)
+    if is_main:
         arguments.save(run / "arguments.json")
+        drop_later(run, state["step"])
     accelerator.init_trackers("logs", config=vars(arguments))
     history = History(run / "history.jsonl", state["step"], is_main)
     released = average.module if average is not None else stage.model
@@ -199,11 +220,13 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         if is_new and (last or any(now % n == 0 for n in moments)):
             totals = accelerator.reduce(sums, "mean")
             parts = {name: value.item() / (now - logged_at) for name, value in totals.items()}
-            if not all(map(math.isfinite, parts.values())):
+            if wrong := [
+                f"{name} became {value}" for name, value in parts.items() if not math.isfinite(value)
+            ]:
                 raise FloatingPointError(
-                    f"the loss became {parts['loss']} between steps {logged_at} and {now}; the newest "
-                    f"checkpoint in {run / 'checkpoints'} is from before that. Look at the data and train "
-                    "again with a lower --learning_rate in a new --output_dir"
+                    f"{' and '.join(wrong)} between steps {logged_at} and {now}; the newest checkpoint in "
+                    f"{run / 'checkpoints'} is from before that. Look at the data and train again "
+                    "with a lower --learning_rate in a new --output_dir"
                 )
             rate = (now - logged_at) * arguments.batch_size / (time.perf_counter() - clock)
             row = {**parts, "learning_rate": schedule.get_last_lr()[0], "images_per_second": rate}

@@ -1,6 +1,6 @@
 """What the start of a new ViT is worth: short runs with and without `condition_vit`, all else equal.
 
-python benchmarks/initialization.py --data data/ferplus --config configs/ferplus_cpu.yaml
+python -m benchmarks.initialization --data data/ferplus --config configs/ferplus_cpu.yaml
 """
 
 import argparse

@@ -4,8 +4,8 @@ Both run the same model, batch and dtype on the same device, turn about, several
 taken and the median reported. What is missing to 1 pays for loading, augmentation, optimizer, clipping,
 averages and logs.
 
-    python benchmarks/throughput.py                  # ViT-Tiny, 112 px
-    python benchmarks/throughput.py --precision no   # in float32
+    python -m benchmarks.throughput                  # ViT-Tiny, 112 px
+    python -m benchmarks.throughput --precision no   # in float32
 """
 
 import argparse

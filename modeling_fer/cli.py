@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from modeling_fer.data import schema
 from modeling_fer.data.augment import Normalize
-from modeling_fer.data.pixels import UNREADABLE, decode, decode_split
+from modeling_fer.data.pixels import ENDINGS, UnreadableImageError, decode, decode_split
 from modeling_fer.data.prepare import prepare
 from modeling_fer.data.report import show
 from modeling_fer.data.sources import SOURCES
 from modeling_fer.evaluation.report import summary, write_report
-from modeling_fer.labels import CLASSES
+from modeling_fer.labels import CLASSES, IGNORE
 from modeling_fer.learning.inference import (
     class_names,
     load_classifier,
@@ -28,7 +29,6 @@ from modeling_fer.learning.inference import (
 )
 
 DEFAULT_MODEL = "runs/demo/model"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def data_prepare(args: argparse.Namespace) -> int:
@@ -46,6 +46,20 @@ def data_show(args: argparse.Namespace) -> int:
     return 0
 
 
+def resampling_groups(split: Dataset) -> tuple[np.ndarray | None, str]:
+    """Ids of what the intervals resample, a row each, and its name: videos, else subjects, else images.
+
+    A column counts where every labelled row has an id and the ids are two at least.
+    """
+    labelled = np.flatnonzero(np.asarray(split.with_format("numpy")["expression"][:]) != IGNORE)
+    for column in ("video", "subject"):
+        ids = split[column][:]
+        found = {ids[row] for row in labelled}
+        if None not in found and len(found) > 1:
+            return np.asarray(ids, dtype=object), f"{column}s"
+    return None, "images"
+
+
 def evaluate(args: argparse.Namespace) -> int:
     """Evaluate a classifier on one split of a prepared data set."""
     model, processor = load_classifier(args.model)
@@ -55,9 +69,9 @@ def evaluate(args: argparse.Namespace) -> int:
     normalize = Normalize(processor.image_mean, processor.image_std)
     probabilities = predict_probabilities(model, pixels, normalize, args.batch_size, show_progress=True)
     about = {"model": args.model, "data": args.data, "split": args.split}
-    metrics = write_report(
-        Path(args.out), references, over_all_classes(probabilities, class_names(model)), CLASSES, about
-    )
+    probabilities = over_all_classes(probabilities, class_names(model))
+    groups, unit = resampling_groups(split)
+    metrics = write_report(Path(args.out), references, probabilities, CLASSES, about, groups, unit)
     print(f"{args.model} on {args.split} of {args.data}\n{summary(metrics)}\nwritten: {args.out}")
     return 0
 
@@ -70,9 +84,9 @@ def find_images(paths: list[str]) -> Iterator[Path]:
     """
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
             if not found:
-                raise FileNotFoundError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                raise FileNotFoundError(f"{path} holds no images ({', '.join(ENDINGS)})")
             yield from found
         elif path.exists():
             yield path
@@ -93,7 +107,7 @@ def predict(args: argparse.Namespace) -> int:
             try:
                 pixels.append(decode(path.read_bytes(), processor.size["height"]))
                 readable.append(path)
-            except UNREADABLE as error:
+            except (OSError, UnreadableImageError) as error:
                 print(f"skipped {path}: {error}", file=sys.stderr)
                 skipped += 1
         if not readable:

@@ -75,6 +75,7 @@ class FerPreTrainedModel(PreTrainedModel):
             loaded: Any = FerModel.from_pretrained(name_or_path, output_loading_info=True)
             encoder, info = loaded[0].encoder, loaded[1]
             missing = [key for key in info["missing_keys"] if key.startswith("encoder.")]
+            config_options["image_size"] = config_options.get("image_size") or source.image_size
         else:
             config = getattr(source, "vision_config", source)
             architecture: Any = MODEL_MAPPING.get(type(config), None)

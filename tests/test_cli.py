@@ -1,5 +1,6 @@
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import picture
-from PIL import Image
+from datasets import Dataset
+from PIL import Image, ImageOps
 from transformers.utils import logging
 
 from modeling_fer import CLASSES
@@ -86,6 +88,12 @@ def test_a_folder_without_data(tmp_path, capsys):
     assert message.startswith("fer: ")
     assert message.count("\n") == 1
 
+    (tmp_path / "report.json").write_text('{"written by": "another program"}')
+    assert main(["data", "show", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"fer: {tmp_path / 'report.json'} is damaged, ")
+    assert message.count("\n") == 1
+
 
 # -- eval -------------------------------------------------------------------------------------------
 
@@ -123,7 +131,8 @@ def test_eval_writes_the_figures_of_direct_predictions(checkpoint, prepared, tmp
         with Image.open(out / name) as image:
             assert min(image.size) > 100
     shown = capsys.readouterr().out
-    assert f"macro F1 {expected['macro_f1']:.3f} over 8 classes" in shown
+    assert f"macro F1 {expected['macro_f1']:.3f} over 8 classes (95 % interval over images " in shown
+    assert "no rows of" not in shown
     assert f"written: {out}" in shown
 
 
@@ -137,6 +146,42 @@ def test_eval_with_a_model_of_fewer_classes(prepared, make_model, checkpoint, tm
     assert matrix.sum(1).tolist() == [3] * 8
     guessed = {name for name, column in zip(CLASSES, matrix.sum(0), strict=True) if column}
     assert guessed <= {"Surprise", "Neutral", "Anger"}
+
+
+GROUPED = {  # ids of 16 rows, two of each class: videos, subjects, and what is resampled
+    "videos": ([f"v{n // 4}" for n in range(16)], [f"p{n // 8}" for n in range(16)], "videos"),
+    "a row without a video": ([None, *["v1", "v2", "v3"] * 5], ["p1", "p2"] * 8, "subjects"),
+    "one video": (["v1"] * 16, ["p1", "p2"] * 8, "subjects"),
+    "one subject": ([None] * 16, ["p1"] * 16, "images"),
+    "a row without a subject": ([None] * 16, ["p1"] * 15 + [None], "images"),
+}
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_eval_resamples_videos_or_subjects(case, checkpoint, prepared, tmp_path, capsys):
+    videos, subjects, unit = GROUPED[case]
+    rows = schema.load(prepared, "validation")["validation"].to_list()
+    for row, video, subject in zip(rows, videos, subjects, strict=True):
+        row |= {"video": video, "subject": subject}
+    if case == "videos":  # a row without a label needs no group, and its class is told to be absent
+        rows = [{**row, "expression": -1, "video": None} if row["expression"] == 3 else row for row in rows]
+    (tmp_path / "data/data").mkdir(parents=True)
+    file = str(tmp_path / "data/data/validation-00000-of-00001.parquet")
+    Dataset.from_list(rows, features=schema.FEATURES).to_parquet(file)
+    command = ["eval", "--model", str(checkpoint), "--data", str(tmp_path / "data")]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    written = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert written["bootstrap"]["unit"] == unit
+    shown = capsys.readouterr().out
+    assert f"95 % interval over {unit} " in shown
+    assert ("no rows of Fear" in shown) is (case == "videos")
+    groups = {"videos": videos, "subjects": subjects, "images": None}[unit]
+    if case == "videos":
+        groups = [row["video"] for row in rows]
+    probabilities = direct(checkpoint, schema.load(prepared, "validation")["validation"]["image"][:])
+    labels = [row["expression"] for row in rows]
+    expected = compute_metrics(labels, probabilities.argmax(1), probabilities, groups=groups)
+    assert written["interval"] == expected["interval"]
 
 
 @pytest.mark.parametrize("split", ["test", "unlabeled"])
@@ -185,18 +230,28 @@ def test_predict_as_json_on_files_and_folders(checkpoint, photos, capsys):
         assert list(one["probabilities"].values()) == pytest.approx(row.tolist(), abs=1e-4)
 
 
-def test_unreadable_files_are_named_and_skipped(checkpoint, photos, capsys):
+def test_unreadable_files_are_named_and_skipped(checkpoint, photos, capsys, monkeypatch):
     whole = (photos / "a.png").read_bytes()
     (photos / "broken.png").write_bytes(whole[: len(whole) // 2])
     (photos / "empty.png").touch()
+    upright = ImageOps.exif_transpose
+
+    def fail(image):
+        if image.size == (7, 7):
+            raise struct.error("unpack requires a buffer of 4 bytes")
+        return upright(image)
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    picture(1, 1, size=7).save(photos / "exif.tif")
     assert main(["predict", str(photos), "--model", str(checkpoint), "--batch-size", "1"]) == 1
     output = capsys.readouterr()
     assert len(output.out.splitlines()) == 5
     skipped = output.err.splitlines()
-    assert len(skipped) == 3
+    assert len(skipped) == 4
     assert skipped[0].startswith(f"skipped {photos / 'broken.png'}: ")
     assert skipped[1].startswith(f"skipped {photos / 'empty.png'}: ")
-    assert skipped[2] == "2 of 7 files could not be read"
+    assert skipped[2] == f"skipped {photos / 'exif.tif'}: unpack requires a buffer of 4 bytes (struct.error)"
+    assert skipped[3] == "3 of 8 files could not be read"
 
 
 @pytest.mark.parametrize(

@@ -14,39 +14,43 @@ import numpy as np
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from numpy.lib.format import write_array_header_1_0
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 VERSION = 1  # part of every cache key: raise it when `decode` gives other pixels than before
 BATCH = 256
+# Of the files that are images, wherever a folder is searched for them.
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+class UnreadableImageError(ValueError):
+    """An image that PIL cannot read; the message is the reason."""
 
 
 def open_image(image: bytes | Image.Image) -> Image.Image:
     """Return an image as RGB and upright, as `datasets` and transformers hand it to a processor.
 
     Raises:
-        OSError, SyntaxError, ValueError: PIL cannot read the bytes; see `UNREADABLE`.
+        UnreadableImageError: PIL cannot read the bytes.
     """
-    opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
-    return ImageOps.exif_transpose(opened).convert("RGB")
-
-
-# What PIL raises on damaged files, by format and by where the damage lies.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    OverflowError,
-    Image.DecompressionBombError,
-)
+    try:
+        opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+        return ImageOps.exif_transpose(opened).convert("RGB")
+    except UnidentifiedImageError as error:  # its own words hold a memory address
+        raise UnreadableImageError("no image of a known format") from error
+    except Exception as error:  # damaged EXIF raises nearly any kind: struct.error, KeyError, TypeError, ...
+        kind = type(error)
+        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        raise UnreadableImageError(f"{error} ({name})") from error
 
 
 def decode(image: bytes | Image.Image, size: int) -> np.ndarray:
     """Decode one image to uint8 (3, size, size), with the pixels of the stock transformers processor.
 
     That is a bilinear resize by PIL (`resample=2`) to a square, before any rescaling or normalisation.
+
+    Raises:
+        UnreadableImageError: PIL cannot read the image.
     """
     rgb = open_image(image)
     if rgb.size != (size, size):
@@ -104,7 +108,7 @@ def _batches(dataset: Dataset, size: int, show_progress: bool) -> Iterator[tuple
         try:
             data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
             return decode(data, size)
-        except (*UNREADABLE, TypeError) as error:
+        except (OSError, TypeError, UnreadableImageError) as error:  # TypeError: a row without an image
             raise ValueError(
                 f"row {row}: the image cannot be decoded ({error}); "
                 "`fer data prepare` writes readable images only: prepare the data again"

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from modeling_fer.data.pixels import UNREADABLE, open_image
+from modeling_fer.data.pixels import UnreadableImageError, open_image
 from modeling_fer.data.report import Report, Samples
 from modeling_fer.data.schema import SPLITS, Example, Item, Rejected, Remark
 from modeling_fer.data.shards import Shards
@@ -209,7 +209,7 @@ def _decoded(
             raise ValueError(f"{item.origin}: expression {item.expression} is not {known}")
         try:
             rgb = np.asarray(open_image(item.image))
-        except UNREADABLE:
+        except UnreadableImageError:
             yield Rejected(item.origin, "unreadable")
         else:
             yield item, rgb

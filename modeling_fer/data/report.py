@@ -154,13 +154,20 @@ def show(folder: str | Path) -> str:
 
     Raises:
         FileNotFoundError: there is no report.
+        ValueError: the report is damaged, or another program's.
     """
     path = Path(folder) / "report.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"no {path}: write a prepared folder with `fer data prepare SOURCE --out {folder}`"
         )
-    return Report.read(path).text()
+    try:
+        return Report.read(path).text()
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged, or not of `fer data prepare` ({type(error).__name__}: {error}): "
+            "prepare the data again with `fer data prepare SOURCE --out NEW_FOLDER`"
+        ) from error
 
 
 def _numbers(counts: dict[str, int]) -> str:

@@ -1,5 +1,6 @@
 """The labelled sampler: balanced over classes, weighted by feedback, the same for any number of processes."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ class DebiasFeedbackSampler(Sampler[int]):
     A class `c` of `n_c` examples is drawn with probability proportional to `n_c * n_c**-alpha * w_c`:
     `alpha=1` is uniform over classes, `alpha=0` natural. `w` are class weights, uniform until
     `set_class_weights` hands in others; they take effect when the next round (pass over the data) starts.
-    Within a class, examples come in random order and none comes again until all have come.
+    Within a class, examples come in random order and none comes again until all have come, across rounds too
+    while weights stay the same.
 
     The order of a round is a pure function of `(seed, epoch, w)`, whatever the number of processes: process
     `rank` takes every `world_size`-th index of each global batch. Classes get their exact share of each
@@ -65,6 +67,7 @@ class DebiasFeedbackSampler(Sampler[int]):
             raise ValueError(
                 f"classes {empty} have no examples to draw; leave them out of the model or add data"
             )
+        self.data = hashlib.blake2b(labels.astype(np.int64).tobytes(), digest_size=8).hexdigest()
         self.batch_size, self.alpha, self.seed = batch_size, alpha, seed
         self.rank, self.world_size = rank, world_size
         self.class_weights = np.full(num_classes, 1 / num_classes)
@@ -103,16 +106,25 @@ class DebiasFeedbackSampler(Sampler[int]):
 
     def global_order(self) -> np.ndarray:
         """All indices of the current round for all processes, `(batches_per_epoch * batch_size,)`."""
-        rng = np.random.default_rng([self.seed, self.epoch])
         quotas = class_quotas(self.class_probabilities(), self.batches_per_epoch * self.batch_size)
-        drawn = []
-        for members, quota in zip(self.members, quotas, strict=True):
-            passes = -(-int(quota) // len(members))
-            drawn += [rng.permutation(members) for _ in range(passes - 1)]
-            drawn.append(
-                rng.permutation(members)[: quota - (passes - 1) * len(members)] if passes else members[:0]
-            )
-        return rng.permutation(np.concatenate(drawn))
+        classes = np.repeat(np.arange(len(quotas)), quotas)
+        np.random.default_rng([self.seed, self.epoch]).shuffle(classes)
+        order = np.empty(len(classes), np.int64)
+        for c, quota in enumerate(quotas):
+            order[classes == c] = self._stretch(c, self.epoch * int(quota), int(quota))
+        return order
+
+    def _stretch(self, c: int, start: int, length: int) -> np.ndarray:
+        """Part of the endless stream of a class: one random permutation of its examples after another.
+
+        Rounds of unchanged weights go on where the last stopped: no example comes again before all have.
+        """
+        if not length:
+            return np.empty(0, np.int64)
+        size = len(self.members[c])
+        first, last = start // size, (start + length - 1) // size
+        passes = [np.random.default_rng([self.seed, c, i]).permutation(size) for i in range(first, last + 1)]
+        return self.members[c][np.concatenate(passes)[start - first * size :][:length]]
 
     def __iter__(self) -> Iterator[int]:
         batches = self.global_order().reshape(-1, self.batch_size)[self.batches_done :]
@@ -130,15 +142,22 @@ class DebiasFeedbackSampler(Sampler[int]):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Place in the data: epoch, batches done in it, class weights."""
+        """Place in the data: which data, epoch, batches done in it, class weights."""
         return {
+            "data": self.data,
             "epoch": self.epoch,
             "batches_done": self.batches_done,
             "class_weights": self.class_weights.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the place that `state_dict` described."""
+        """Go to the place that `state_dict` described.
+
+        Raises:
+            ValueError: the examples are not those of the saved run.
+        """
+        if state["data"] != self.data:
+            raise ValueError("the labels of the data have changed since")
         self.batches_done = 0
         self.set_class_weights(state["class_weights"])
         self.epoch, self.batches_done = state["epoch"], state["batches_done"]

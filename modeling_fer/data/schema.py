@@ -3,7 +3,10 @@
 import dataclasses
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import ClassLabel, DatasetDict, Features, Image, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from modeling_fer.labels import CLASSES, IGNORE
 
@@ -68,6 +71,7 @@ def load(path: str | Path, split: str | None = None) -> DatasetDict:
 
     Raises:
         FileNotFoundError: the folder does not hold prepared parquet files, or not the wanted split.
+        ValueError: a file cannot be read or lacks a column; the message names it, and what to do.
     """
     folder = Path(path)
     files = {s: sorted(str(f) for f in folder.glob(f"data/{s}-*.parquet")) for s in SPLITS}
@@ -77,4 +81,23 @@ def load(path: str | Path, split: str | None = None) -> DatasetDict:
         raise FileNotFoundError(
             f"{folder} holds no {what}; write it with `fer data prepare SOURCE --out {folder}`"
         )
-    return load_dataset("parquet", data_files=files, features=FEATURES)
+    again = f"write it again with `fer data prepare SOURCE --out {folder} --overwrite`"
+    for file in (file for found in files.values() for file in found):
+        try:
+            columns = pq.read_schema(file).names
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file} cannot be read ({_line(error)}): {again}") from error
+        # `load_dataset` would fill them with nulls.
+        if missing := [name for name in FEATURES if name not in columns]:
+            raise ValueError(f"{file} lacks {', '.join(missing)}: {again}")
+    try:
+        return load_dataset("parquet", data_files=files, features=FEATURES)
+    except DatasetGenerationError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno is not None:  # a full disk, say: the data may be whole
+            raise cause from None
+        raise ValueError(f"{folder} cannot be loaded ({_line(cause or error)}): {again}") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -101,10 +101,10 @@ def learning_curve_figure(history: Sequence[Mapping[str, Any]], title: str = "Le
     """Draw a run over its optimizer steps: training loss, learning rate, and the validation scores.
 
     Args:
-        history: rows in any order, each with `step`. Training rows have `loss` and perhaps `lr`; evaluation
-            rows have `validation/macro_f1` and perhaps `validation/accuracy`. What is missing is not drawn,
-            and a value that is not finite leaves a gap. A resumed run may repeat a step: the later row
-            counts.
+        history: rows in any order, each with `step`. Training rows have `loss` and perhaps `learning_rate`;
+            evaluation rows have `validation/macro_f1` and perhaps `validation/accuracy`. What is missing is
+            not drawn, and a value that is not finite leaves a gap. A resumed run may repeat a step: the later
+            row counts.
         title: heading of the figure.
 
     Raises:
@@ -113,7 +113,7 @@ def learning_curve_figure(history: Sequence[Mapping[str, Any]], title: str = "Le
     for row in history:
         if "step" not in row:
             raise ValueError(f"history: expected every row to have 'step', got {dict(row)}")
-    names = ("loss", "lr", "validation/macro_f1", "validation/accuracy")
+    names = ("loss", "learning_rate", "validation/macro_f1", "validation/accuracy")
     loss, lr, f1, accuracy = (_curve(history, name) for name in names)
     has_training, has_scores = bool(loss[0] or lr[0]), bool(f1[0] or accuracy[0])
     panels = has_training + has_scores

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from modeling_fer.evaluation.metrics import write_whole
+
 # What may change between an interrupted run and its continuation without changing what is learnt.
 FREE_ON_RESUME = {
     "resume",
@@ -140,12 +142,25 @@ class FerTrainingArguments:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
 
+        if not self.encoder:
+            size = self.image_size or 112
+            if size % self.patch_size:
+                raise ValueError(f"--image_size {size} must be a multiple of --patch_size {self.patch_size}")
+            if self.hidden_size % 4 or self.hidden_size % self.num_heads:
+                raise ValueError(
+                    f"--hidden_size {self.hidden_size} must divide by 4 and --num_heads {self.num_heads}"
+                )
+            if self.lora_rank:
+                raise ValueError(
+                    f"--lora_rank {self.lora_rank} adapts a pretrained encoder: pass --encoder, "
+                    "or train a new one whole with --lora_rank 0"
+                )
         if self.augmentation == "none" and self.erasing:
             raise ValueError(f"--erasing {self.erasing} needs --augmentation weak, got none")
 
     def save(self, path: Path) -> None:
         """Write all fields as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_whole(path, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """Fields that decide what is learnt and differ from a saved run, as "name: theirs -> ours"."""

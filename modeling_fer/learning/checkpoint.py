@@ -54,7 +54,8 @@ def write_folder(folder: Path, write: Callable[[Path], None], accelerator: Accel
         if not isinstance(error, NOT_WRITTEN):
             raise
         raise OSError(
-            f"could not write {folder}: {error}; what stood there is kept. Free space, then --resume auto"
+            f"could not write {folder}: {error}; what stood there is kept. "
+            "Mend the cause (space, permissions), then --resume auto"
         ) from error
     wait()
     if is_main:
@@ -111,6 +112,27 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
     return folder
 
 
+def drop_later(run: Path, step: int) -> None:
+    """Delete checkpoints of later steps: a run that starts over from `step` will write them again."""
+    for folder in checkpoints(run):
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The plain numbers and names of a checkpoint.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot resume from {folder}: {error}; delete it to fall back to an earlier one"
+        ) from error
+
+
 def load_checkpoint(
     accelerator: Accelerator, folder: Path, objects: Mapping[str, Stateful]
 ) -> dict[str, Any]:
@@ -119,8 +141,8 @@ def load_checkpoint(
     Raises:
         ValueError: the checkpoint is damaged or belongs to another kind of run.
     """
+    state = read_state(folder)
     try:
-        state = json.loads((folder / "state.json").read_text())
         saved = torch.load(folder / "objects.pt", map_location="cpu", weights_only=True)
         if saved.keys() != objects.keys():
             raise ValueError(f"it holds {sorted(saved)}, this run needs {sorted(objects)}")

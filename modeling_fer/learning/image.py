@@ -1,6 +1,5 @@
 """Stage `image`: a classifier of single faces from labelled stills."""
 
-import contextlib
 import copy
 import math
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from datasets import DatasetDict
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoImageProcessor, ViTConfig, ViTImageProcessor
 
@@ -106,7 +106,12 @@ def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForIm
         "image_size": arguments.image_size or None,
     }
     if arguments.encoder:
-        return FerForImageClassification.from_encoder_pretrained(arguments.encoder, **options)
+        try:
+            return FerForImageClassification.from_encoder_pretrained(arguments.encoder, **options)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"--encoder {arguments.encoder} is no vision encoder, in a folder or on the Hub: {error}"
+            ) from error
     encoder_config = ViTConfig(
         image_size=arguments.image_size or 112,
         patch_size=arguments.patch_size,
@@ -122,13 +127,21 @@ def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForIm
 
 
 def build_processor(arguments: FerTrainingArguments, image_size: int) -> Any:
-    """A stock image processor: resize to a square, then normalise as the encoder expects."""
+    """A stock image processor: resize to a square, then normalise as the encoder expects.
+
+    Raises:
+        ValueError: the encoder has no image processor, so that nobody knows what it expects.
+    """
     mean = std = [0.5, 0.5, 0.5]
     if arguments.encoder:
-        # An encoder without a processor (a bare folder of weights) is taken to have been trained with ours.
-        with contextlib.suppress(OSError):
+        try:
             known = AutoImageProcessor.from_pretrained(arguments.encoder)
             mean, std = known.image_mean, known.image_std
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"--encoder {arguments.encoder}: no image processor with mean and deviation ({error}); "
+                "save one beside the weights (preprocessor_config.json)"
+            ) from error
     return ViTImageProcessor(size={"height": image_size, "width": image_size}, image_mean=mean, image_std=std)
 
 
@@ -152,6 +165,12 @@ def image_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
     train, validation = (labelled_rows(data, split, arguments.data) for split in ("train", "validation"))
     expressions = np.asarray(train.with_format("numpy")["expression"][:])
     classes = choose_classes(expressions, arguments.classes, arguments.data)
+    validation_labels = np.asarray(validation.with_format("numpy")["expression"][:])
+    if absent := [name for i, name in enumerate(CLASSES) if i not in validation_labels]:
+        accelerator.print(
+            f"{arguments.data}: no validation rows of {', '.join(absent)}; macro_f1 counts them 0, "
+            "macro_f1_present leaves them out"
+        )
 
     model = build_model(arguments, classes)
     image_size = model.config.image_size
@@ -171,7 +190,6 @@ def image_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
         pixels, validation_pixels = decode(train), decode(validation)
     soft_labels = train["soft_label"][:] if arguments.soft_labels else None
     dataset = FaceDataset(pixels, expressions, soft_labels, classes)
-    validation_labels = np.asarray(validation.with_format("numpy")["expression"][:])
 
     sampler = DebiasFeedbackSampler(
         dataset.labels,

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import HfArgumentParser
 
-from modeling_fer.data.schema import Rejected
+from modeling_fer.data.pixels import ENDINGS
+from modeling_fer.data.schema import Example, Rejected
 from modeling_fer.data.sources.folder import FolderOptions, examples
 from modeling_fer.labels import CLASSES
 
@@ -40,7 +41,7 @@ def where(items):
 def test_a_folder_per_split_and_class(tmp_path):
     put(
         tmp_path, "train/happy/a.png", "train/Anger/b.jpg", "val/sad/c.JPEG", "test/neutral/deep/d.webp",
-        "unlabeled/any/depth/e.bmp", "train/happy/notes.txt", "train/happy/.hidden.png", ".cache/x/f.png",
+        "unlabeled/any/depth/e.bmp", "train/happy/.hidden.png", ".cache/x/f.png",
     )  # fmt: skip
     items = read(tmp_path)
     assert where(items) == {
@@ -54,6 +55,31 @@ def test_a_folder_per_split_and_class(tmp_path):
     for item in items:
         assert item.image == (tmp_path / item.origin).read_bytes()
         assert item.source == tmp_path.name
+
+
+def test_every_ending_is_taken_and_other_files_are_counted(tmp_path):
+    put(tmp_path, *(f"train/happy/{n}{ending.upper()}" for n, ending in enumerate(ENDINGS)))
+    put(tmp_path, "train/sad/a.gif", "train/sad/deep/notes.txt", "train/sad/none", "unlabeled/b.gif")
+    put(tmp_path, "train/sad/.DS_Store", "train/sad/metadata.csv", "train/sad/.hidden/c.gif")
+    items = read(tmp_path)
+    assert {"tif", "tiff", "jpeg"} < {ending.removeprefix(".") for ending in ENDINGS}
+    assert sum(isinstance(item, Example) for item in items) == len(ENDINGS)
+    assert [item for item in items if isinstance(item, Rejected)] == [
+        Rejected(name, "not an image file")
+        for name in ("train/sad/a.gif", "train/sad/deep/notes.txt", "train/sad/none", "unlabeled/b.gif")
+    ]
+    assert sum(isinstance(item, Example) for item in read(tmp_path, unlabeled=True)) == len(ENDINGS)
+
+
+def test_folders_of_other_files_need_no_class_name(tmp_path):
+    put(tmp_path, "happy/a.png", "notes/a.txt")
+    assert read(tmp_path)[1:] == [Rejected("notes/a.txt", "not an image file")]
+
+
+def test_metadata_may_list_files_of_any_name(tmp_path):
+    put(tmp_path, "a", "b.gif")
+    (tmp_path / "metadata.csv").write_text("file_name,expression,split\na,happy,train\nb.gif,sad,train\n")
+    assert where(read(tmp_path)) == {"a": ("train", "Happiness"), "b.gif": ("train", "Sadness")}
 
 
 def test_metadata_with_every_column(tmp_path):

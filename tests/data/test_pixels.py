@@ -1,7 +1,9 @@
 import io
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,11 +11,11 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import ViTImageProcessor
 
 from modeling_fer.data import pixels
-from modeling_fer.data.pixels import decode, decode_split
+from modeling_fer.data.pixels import UnreadableImageError, decode, decode_split, open_image
 
 
 def encoded(image, kind="PNG", **options):
@@ -122,3 +124,63 @@ def test_a_damaged_image_is_named_by_its_row_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match=r"row 300: .*prepare the data again"):
         decode_split(dataset, 8, tmp_path / "cache", False)
     assert os.listdir(tmp_path / "cache") == []
+
+
+def with_exif():
+    """Camera data of several kinds, each of which PIL reads by code of its own."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.0
+    exif.get_ifd(0x8769).update({0x9003: "2020:01:01 00:00:00", 0x829A: 0.01})
+    return exif
+
+
+KINDS = {
+    "jpeg": lambda image: encoded(image, "JPEG", exif=with_exif()),
+    "png": lambda image: encoded(image, "PNG", exif=with_exif()),
+    "bmp": lambda image: encoded(image, "BMP"),
+    "webp": lambda image: encoded(image, "WEBP", exif=with_exif()),
+    "tiff": lambda image: encoded(image, "TIFF"),
+    "packed tiff": lambda image: encoded(image, "TIFF", compression="tiff_lzw"),
+}
+
+
+def damage(data, rng):
+    """Set a few bytes to others, mostly where the structure or the camera data lie, and cut some off."""
+    values = np.frombuffer(data, np.uint8).copy()
+    camera = max(data.find(b"MM\0*"), data.find(b"II*\0"), 0)
+    start, reach = ((0, len(values)), (0, 200), (camera, 120), (camera, 120))[rng.integers(4)]
+    places = rng.integers(start, min(start + reach, len(values)), rng.integers(1, 5))
+    values[places] = rng.integers(0, 256, len(places))
+    length = len(values) if rng.random() < 0.9 else rng.integers(0, len(values))
+    return values.tobytes()[:length]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL tells of damage that it works around
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_images_are_read_or_raise_one_kind_of_error(kind, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)  # no damaged size takes long to read
+    data = KINDS[kind](noise("RGB", 8, 6))
+    outcomes = set()
+    for seed in range(1000):
+        try:
+            outcomes.add(open_image(damage(data, np.random.default_rng(seed))).mode)
+        except UnreadableImageError:
+            outcomes.add("unreadable")
+    assert outcomes == {"RGB", "unreadable"}
+
+
+@pytest.mark.parametrize("kind", [KeyError, TypeError, ZeroDivisionError, struct.error, zlib.error, EOFError])
+def test_whatever_goes_wrong_inside_pil_is_told_with_its_reason(kind, monkeypatch):
+    def fail(_):
+        raise kind("the reason")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    with pytest.raises(UnreadableImageError, match="the reason") as caught:
+        open_image(encoded(noise("RGB", 4, 4)))
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value.__cause__, kind)
+
+
+def test_what_is_no_image_is_told_without_memory_addresses():
+    with pytest.raises(UnreadableImageError, match=r"no image of a known format$"):
+        open_image(b"<html>")

@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
-from PIL import Image
+from PIL import Image, ImageOps
 
 from modeling_fer.data.prepare import prepare
 from modeling_fer.data.report import Report, show
@@ -185,6 +186,21 @@ def test_unreadable_and_rejected_rows_are_listed_and_skipped(run, tmp_path):
     text = show(tmp_path / "out")
     for part in ("unreadable: 4", "  cut.png", "  2 no majority", "Eight rows; kept by the rule: six."):
         assert part in text
+
+
+def test_an_error_inside_pil_costs_one_image(run, monkeypatch):
+    upright = ImageOps.exif_transpose
+
+    def fail(image):
+        if image.size == (9, 3):
+            raise struct.error("unpack requires a buffer of 4 bytes")
+        return upright(image)
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    bad = Example("train", picture(5, (3, 9)), "bad.png", "made", SAD)
+    report = run([example("train", HAPPY, 1), bad, example("train", SAD, 2)])
+    assert report.unreadable_origins == ["bad.png"]
+    assert report.counts["train"]["Sadness"] == 1
 
 
 def test_subjects_in_two_splits_and_empty_classes_are_warned_of(run):

@@ -79,6 +79,28 @@ def test_the_report_survives_json_and_is_shown_as_a_table(tmp_path):
         show(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"source": "made", "opt',
+        b"\xff\xfe\x00",
+        b"null",
+        b"[1, 2]",
+        b'{"title": "report of another program"}',
+        json.dumps(dict.fromkeys(field.name for field in dataclasses.fields(Report))).encode(),
+        json.dumps({**dataclasses.asdict(REPORT), "counts": {"train": {"Happiness": 1}}}).encode(),
+    ],
+)
+def test_a_damaged_or_foreign_report_is_named_in_one_line(tmp_path, content):
+    path = tmp_path / "report.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"report.json is damaged, .*: prepare the data again") as caught:
+        show(tmp_path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_warnings_are_of_what_would_mislead():
     splits = ("train", "validation", "unlabeled")
     told = dataclasses.replace(

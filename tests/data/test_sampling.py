@@ -6,8 +6,8 @@ from torch.utils.data import DataLoader
 
 from modeling_fer.data.sampling import DebiasFeedbackSampler, class_quotas
 
-PINNED_EPOCH_0 = [4, 6, 5, 0, 2, 5, 1, 6]
-PINNED_EPOCH_1 = [5, 2, 3, 6, 6, 0, 4, 5]
+PINNED_EPOCH_0 = [0, 6, 6, 2, 4, 5, 1, 4]
+PINNED_EPOCH_1 = [6, 5, 3, 0, 2, 5, 6, 4]
 LONG_TAIL = [0] * 60 + [1] * 25 + [2] * 9 + [-1] * 6
 
 
@@ -46,6 +46,22 @@ def test_uniform_round_holds_classes_equally_and_spreads_within_them():
     # No example comes again before all of its class have come.
     assert all(t.max() - t.min() <= 1 for t in times)
     assert not set(indices) & set(range(94, 100)), "unlabelled rows are never drawn"
+
+
+def test_no_example_comes_again_before_all_of_its_class_have_come():
+    sampler = DebiasFeedbackSampler(LONG_TAIL, 3, batch_size=30)
+    indices = np.array([i for batch in draw(sampler, 12) for i in batch])
+    for c, size in enumerate((60, 25, 9)):
+        stream = indices[np.array(LONG_TAIL)[indices] == c]
+        assert len(stream) == 120
+        for start in range(0, len(stream) - size + 1, size):
+            assert len(set(stream[start : start + size])) == size
+
+
+def test_other_data_is_told():
+    state = DebiasFeedbackSampler([0, 1, 1, 0], 2, batch_size=2).state_dict()
+    with pytest.raises(ValueError, match="labels of the data have changed"):
+        DebiasFeedbackSampler([0, 1, 0, 1], 2, batch_size=2).load_state_dict(state)
 
 
 def test_weights_move_the_class_shares_from_the_next_round():

@@ -214,6 +214,12 @@ def test_subjects_never_cross_splits(stills, films):
     }
 
 
+def test_the_defaults_give_each_training_subject_sixty_stills():
+    options = SyntheticOptions()
+    assert (options.train, options.validation, options.test, options.unlabeled) == (4800, 800, 800, 4000)
+    assert options.train / len(subjects_of(options)["train"]) == 60
+
+
 def test_stills_are_rows_of_the_schema(stills):
     assert [len(rows) for rows in by_split(stills).values()] == [120, 16, 24, 60]
     assert len({row.origin for row in stills}) == len(stills)

@@ -16,8 +16,20 @@ from modeling_fer.evaluation.plots import (
 )
 from modeling_fer.labels import CLASSES
 
-HISTORY = [{"step": s, "loss": 2.0 / (s + 1), "lr": 1e-4 * (1 - s / 100)} for s in range(0, 100, 2)] + [
-    {"step": 50, "validation/macro_f1": 0.3, "validation/accuracy": 0.5},
+# Rows as train.py writes them.
+HISTORY = [
+    {
+        "step": s,
+        "epoch": s // 40,
+        "loss": 2.0 / (s + 1),
+        "accuracy": s / 100,
+        "grad_norm": 1.5,
+        "learning_rate": 1e-4 * (1 - s / 100),
+        "images_per_second": 900.0,
+    }
+    for s in range(0, 100, 2)
+] + [
+    {"step": 50, "validation/macro_f1": 0.3, "validation/accuracy": 0.5, "validation/loss": 1.2},
     {"step": 100, "validation/macro_f1": 0.25, "validation/accuracy": 0.55},
 ]
 
@@ -61,6 +73,8 @@ def curves(figure):
 def test_learning_curve_draws_every_column_over_steps():
     drawn = curves(learning_curve_figure(HISTORY))
     assert set(drawn) == {"training loss (smoothed)", "learning rate", "macro F1", "accuracy"}
+    assert drawn["learning rate"][0] == list(range(0, 100, 2))
+    assert drawn["learning rate"][1][:2] == pytest.approx([1e-4, 0.98e-4])
     assert drawn["macro F1"] == ([50, 100], [0.3, 0.25])
     assert "best 0.300" in words(learning_curve_figure(HISTORY))
 
@@ -70,7 +84,7 @@ def test_learning_curve_with_parts_missing_repeated_or_not_finite():
     drawn = curves(learning_curve_figure(rows))
     assert drawn["training loss"][0] == [1, 2]
     assert drawn["training loss"][1][1] == 0.5
-    assert set(curves(learning_curve_figure([{"step": 1, "lr": 1e-3}]))) == {"learning rate"}
+    assert set(curves(learning_curve_figure([{"step": 1, "learning_rate": 1e-3}]))) == {"learning rate"}
     assert set(curves(learning_curve_figure([{"step": 1, "validation/macro_f1": 0.1}]))) == {"macro F1"}
     with pytest.raises(ValueError, match="to have 'step'"):
         learning_curve_figure([{"loss": 1.0}])

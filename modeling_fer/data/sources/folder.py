@@ -4,7 +4,8 @@
     ROOT/<class name>/*.jpg             ROOT/metadata.csv
 
 metadata.csv has a column file_name (relative to its own folder), and any of expression, subject, split, video
-and frame. Files are taken as they are, byte for byte.
+and frame. Files are taken as they are, byte for byte. What else lies among the images is counted as rejected,
+hidden files aside.
 """
 
 import csv
@@ -13,10 +14,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from modeling_fer.data.pixels import ENDINGS
 from modeling_fer.data.schema import Example, Item, Rejected
 from modeling_fer.labels import CONTEMPT_RULES, IGNORE, class_id
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SPLIT_NAMES = {
     "train": "train", "training": "train",
     "validation": "validation", "val": "validation", "valid": "validation",
@@ -68,7 +69,7 @@ class FolderOptions:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One image as a folder or a metadata.csv lists it. `place` names where it is listed, for messages."""
+    """One file as a folder or a metadata.csv lists it. `place` names where it is listed, for messages."""
 
     path: Path
     place: str
@@ -77,6 +78,7 @@ class _Row:
     subject: str | None = None
     video: str | None = None
     frame: int | None = None
+    is_image: bool = True  # by its name; what a metadata.csv lists always is
 
 
 def examples(options: FolderOptions) -> Iterator[Item]:
@@ -96,6 +98,9 @@ def examples(options: FolderOptions) -> Iterator[Item]:
         raise FileNotFoundError(f"no folder {root}: give the folder that holds the images")
     for row in _rows(root, options):
         origin = row.path.relative_to(root).as_posix() if row.path.is_relative_to(root) else str(row.path)
+        if not row.is_image:
+            yield Rejected(origin, "not an image file")
+            continue
         split, label = "unlabeled", IGNORE
         if not options.unlabeled and row.split != "unlabeled":
             split = row.split or _draw(row, origin, options)
@@ -151,7 +156,7 @@ def _rows(root: Path, options: FolderOptions) -> Iterator[_Row]:
         yield from _metadata(root, None, options.unlabeled)
         return
     if options.unlabeled:
-        yield from (_Row(path, str(path)) for path in _images(root))
+        yield from _tree(root, None)
         return
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     splits = {path: SPLIT_NAMES[path.name.lower()] for path in folders if path.name.lower() in SPLIT_NAMES}
@@ -167,7 +172,7 @@ def _rows(root: Path, options: FolderOptions) -> Iterator[_Row]:
         if (path / METADATA).is_file():
             yield from _metadata(path, split, options.unlabeled)
         elif split == "unlabeled":
-            yield from (_Row(image, str(image), split) for image in _images(path))
+            yield from _tree(path, split)
         else:
             yield from _class_folders(path, split)
 
@@ -178,7 +183,7 @@ def _class_folders(folder: Path, split: str | None) -> Iterator[_Row]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from (_Row(image, str(path), split, path.name) for image in _images(path))
+            yield from _tree(path, split, path.name)
         elif path.suffix.lower() in ENDINGS:
             raise ValueError(
                 f"{path}: an image outside a class folder: put it into one, list it in {folder / METADATA}, "
@@ -186,12 +191,13 @@ def _class_folders(folder: Path, split: str | None) -> Iterator[_Row]:
             )
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    """List the image files below a folder, sorted, hidden ones left out."""
+def _tree(folder: Path, split: str | None, expression: str | None = None) -> Iterator[_Row]:
+    """List the files below a folder, sorted; hidden ones and any metadata.csv are left out."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in ENDINGS and not hidden and path.is_file():
-            yield path
+        if not hidden and path.name != METADATA and path.is_file():
+            is_image = path.suffix.lower() in ENDINGS
+            yield _Row(path, str(folder), split, expression, is_image=is_image)
 
 
 def _metadata(folder: Path, split: str | None, unlabeled: bool) -> Iterator[_Row]:

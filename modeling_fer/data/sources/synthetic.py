@@ -44,7 +44,7 @@ class SyntheticOptions:
         default=200,
         metadata={"help": "people, split 0.4 train, 0.15 validation, 0.15 test, 0.3 unlabeled; 4 or more"},
     )
-    train: int = dataclasses.field(default=2400, metadata={"help": "stills in the train split"})
+    train: int = dataclasses.field(default=4800, metadata={"help": "stills in the train split"})
     validation: int = dataclasses.field(default=800, metadata={"help": "stills in the validation split"})
     test: int = dataclasses.field(default=800, metadata={"help": "stills in the test split"})
     unlabeled: int = dataclasses.field(default=4000, metadata={"help": "stills in the unlabeled split"})
