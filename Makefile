@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Draw faces, train a small ViT on some people, evaluate it on others.
 demo: $(STAMP)
-	test -d data/demo || $(BIN)/fer data prepare synthetic --out data/demo
+	test -d data/demo || $(BIN)/fer data prepare synthetic --subjects 400 --train 12000 --out data/demo
 	$(BIN)/accelerate launch --quiet --config_file configs/accelerate/one_process.yaml train.py --config configs/demo.yaml --resume auto
 	$(BIN)/fer eval --model runs/demo/model --data data/demo --split test --out runs/demo
 
