@@ -19,6 +19,7 @@ from modeling_fer.data.pixels import ENDINGS, UnreadableImageError, decode, deco
 from modeling_fer.data.prepare import prepare
 from modeling_fer.data.report import show
 from modeling_fer.data.sources import SOURCES
+from modeling_fer.data.tally import digest
 from modeling_fer.evaluation.report import summary, write_report
 from modeling_fer.labels import CLASSES, IGNORE
 from modeling_fer.learning.inference import (
@@ -70,6 +71,13 @@ def evaluate(args: argparse.Namespace) -> int:
     probabilities = predict_probabilities(model, pixels, normalize, args.batch_size, show_progress=True)
     about = {"model": args.model, "data": args.data, "split": args.split}
     probabilities = over_all_classes(probabilities, class_names(model))
+    if args.drop_train_copies:
+        train = schema.load(args.data, "train")["train"]
+        trained = set(map(digest, decode_split(train, processor.size["height"], Path(args.data) / "cache")))
+        copies = np.array([digest(face) in trained for face in pixels])
+        references = np.where(copies, IGNORE, references)
+        about["dropped"] = f"{copies.sum()} images whose pixels are also in train"
+        print(about["dropped"])
     groups, unit = resampling_groups(split)
     metrics = write_report(Path(args.out), references, probabilities, CLASSES, about, groups, unit)
     print(f"{args.model} on {args.split} of {args.data}\n{summary(metrics)}\nwritten: {args.out}")
@@ -164,6 +172,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluating.add_argument("--data", required=True, help="folder written by `fer data prepare`")
     evaluating.add_argument("--split", default="validation", choices=schema.SPLITS)
     evaluating.add_argument("--out", required=True, help="folder for metrics.json and pictures")
+    evaluating.add_argument(
+        "--drop-train-copies", action="store_true", help="leave out images that are also in the train split"
+    )
     evaluating.add_argument("--batch-size", type=at_least_one, default=256)
     evaluating.set_defaults(run=evaluate)
 

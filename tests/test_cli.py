@@ -40,6 +40,20 @@ def direct(checkpoint, images):
 # -- data -------------------------------------------------------------------------------------------
 
 
+def test_eval_can_leave_out_copies_of_training_images(checkpoint, image_folder, tmp_path, capsys):
+    root = tmp_path / "faces"
+    shutil.copytree(image_folder, root)
+    for name in ("Anger", "Fear"):
+        shutil.copy(root / "train" / name / "0.png", root / "validation" / name / "copy.png")
+    data = str(tmp_path / "data")
+    assert main(["data", "prepare", "folder", "--root", str(root), "--out", data]) == 0
+    flags = ["eval", "--model", str(checkpoint), "--data", data, "--drop-train-copies"]
+    assert main([*flags, "--out", str(tmp_path / "out")]) == 0
+    assert "2 images whose pixels are also in train" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert {name: row["support"] for name, row in metrics["per_class"].items()} == dict.fromkeys(CLASSES, 2)
+
+
 def test_prepare_a_folder_and_show_it(image_folder, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["data", "prepare", "folder", "--root", str(image_folder), "--out", str(out)]

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,10 @@ from modeling_fer.learning.image import (
     build_model,
     build_processor,
     choose_classes,
+    condition_vit,
     freeze_unused,
     labelled_rows,
+    sincos_positions,
 )
 
 TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
@@ -78,8 +82,11 @@ def test_the_processor_normalises_as_the_encoder_was_trained(checkpoint, tmp_pat
     assert again.size["height"] == 24
     assert not getattr(again, "do_center_crop", None)
 
-    (tmp_path / "bare").mkdir()  # weights alone
-    assert list(build_processor(arguments(encoder=str(tmp_path / "bare")), 24).image_mean) == [0.5] * 3
+    (tmp_path / "bare").mkdir()  # weights alone: nobody knows what they expect
+    with pytest.raises(
+        ValueError, match=r"bare: no image processor with mean and deviation .*save one beside"
+    ):
+        build_processor(arguments(encoder=str(tmp_path / "bare")), 24)
 
 
 def test_what_no_output_depends_on_is_frozen(encoder, make_model):
@@ -94,3 +101,29 @@ def test_what_no_output_depends_on_is_frozen(encoder, make_model):
     model(torch.randn(2, 3, 16, 16), labels=torch.tensor([0, 1])).loss.backward()
     assert {n for n, p in model.named_parameters() if p.grad is None} == set(frozen)
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(frozen)
+
+
+def test_sincos_positions_are_the_formula():
+    grid, width = 3, 8
+    found = sincos_positions(grid, width)
+    assert found.shape == (9, 8)
+    for y in range(grid):
+        for x in range(grid):
+            expected = []
+            for place in (y, x):
+                angles = [place / 10000 ** (i / 2) for i in range(2)]
+                expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            assert found[y * grid + x].tolist() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        sincos_positions(3, 6)
+
+
+def test_a_new_vit_does_not_see_brightness(make_model):
+    model = make_model()
+    condition_vit(model.fer.encoder)
+    filters = model.fer.encoder.embeddings.patch_embeddings.projection
+    flat = torch.full((1, 3, 16, 16), 0.7)
+    assert torch.allclose(filters(flat), filters.bias.view(1, -1, 1, 1).expand(1, -1, 2, 2), atol=1e-5)
+    assert filters(torch.randn(1, 3, 16, 16)).std() > 1
+    positions = model.fer.encoder.embeddings.position_embeddings[0, 1:]
+    assert torch.cdist(positions, positions).add(torch.eye(len(positions)) * 9).min() > 0.1
