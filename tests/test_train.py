@@ -222,7 +222,7 @@ def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(prepared, tmp
     torch.save(optimizer, out / "checkpoints/step_00000009/optimizer.bin")
     done = run(prepared, out, resume="auto", check=False)
     assert done.returncode == 1
-    assert "became nan between steps 9 and 1" in done.stderr
+    assert "loss became nan" in done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in sorted((out / "checkpoints").iterdir())][-1] == "step_00000009"
     assert_equal(good, load_file(out / "checkpoints/step_00000009/model.safetensors"))

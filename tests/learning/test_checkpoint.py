@@ -64,7 +64,7 @@ def test_a_full_disk_keeps_the_old_folder_and_names_it(tmp_path, fault):
         raise fault
 
     with pytest.raises(
-        OSError, match=r"could not write .*model: .*(No space|pos).*what stood there is kept. Free space"
+        OSError, match=r"could not write .*model: .*(No space|pos).*what stood there is kept. Mend the cause"
     ):
         write_folder(target, write)
     assert names(tmp_path) == ["model"]
