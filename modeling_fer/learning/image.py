@@ -13,7 +13,7 @@ from datasets import DatasetDict
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoImageProcessor, ViTConfig, ViTImageProcessor
+from transformers import ViTConfig, ViTImageProcessor
 
 from modeling_fer import FerConfig, FerForImageClassification
 from modeling_fer.data import schema
@@ -135,9 +135,9 @@ def build_processor(arguments: FerTrainingArguments, image_size: int) -> Any:
     mean = std = [0.5, 0.5, 0.5]
     if arguments.encoder:
         try:
-            known = AutoImageProcessor.from_pretrained(arguments.encoder)
-            mean, std = known.image_mean, known.image_std
-        except (OSError, ValueError, AttributeError) as error:
+            known, _ = ViTImageProcessor.get_image_processor_dict(arguments.encoder)
+            mean, std = known["image_mean"], known["image_std"]
+        except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"--encoder {arguments.encoder}: no image processor with mean and deviation ({error}); "
                 "save one beside the weights (preprocessor_config.json)"

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from modeling_fer.data.augment import Normalize
 from modeling_fer.labels import CLASSES
@@ -48,7 +48,7 @@ def load_classifier(folder: str | Path) -> tuple[Any, Any]:
         raise ValueError(
             f"{folder / 'config.json'}: id2label names {unknown} are not among our classes {list(CLASSES)}"
         )
-    return model.eval(), AutoImageProcessor.from_pretrained(folder)
+    return model.eval(), ViTImageProcessor.from_pretrained(folder)
 
 
 def class_names(model: nn.Module) -> list[str]:
