@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification
 
 from modeling_fer.data.augment import Normalize
 from modeling_fer.labels import CLASSES
@@ -24,6 +24,8 @@ def load_classifier(folder: str | Path) -> tuple[Any, Any]:
         FileNotFoundError: no such folder, or one without configuration, weights or image processor.
         ValueError: its weights are damaged or not all there, or its class names are not among ours.
     """
+    from transformers import ViTImageProcessor  # where torchvision is missing, the import itself warns
+
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder {folder}; train one (`make demo`) or pass --model DIR")
