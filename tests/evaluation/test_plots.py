@@ -117,3 +117,4 @@ def test_plots_do_without_pyplot(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it raises
     fresh = importlib.reload(plots)
     fresh.save(fresh.learning_curve_figure(HISTORY), tmp_path / "curve.png")
+    assert Image.open(tmp_path / "curve.png").format == "PNG"
