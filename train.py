@@ -7,31 +7,24 @@ checkpoints.
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import sys
 import time
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from modeling_fer.data.dataset import as_batch
+from modeling_fer.data.feed import joined
 from modeling_fer.evaluation import plots
-from modeling_fer.evaluation.metrics import write_whole
 from modeling_fer.learning.arguments import FerTrainingArguments, parse_arguments
 from modeling_fer.learning.checkpoint import (
+    Stateful,
     drop_later,
     find_checkpoint,
     load_checkpoint,
@@ -39,74 +32,22 @@ from modeling_fer.learning.checkpoint import (
     save_checkpoint,
     write_folder,
 )
+from modeling_fer.learning.history import History
 from modeling_fer.learning.image import image_stage
-from modeling_fer.learning.stage import Stage
+from modeling_fer.learning.optimization import (
+    build_optimizer,
+    build_schedule,
+    choose_precision,
+    seed_step,
+    use_cpu,
+    weight_average,
+)
+from modeling_fer.learning.pretrain import pretrain_stage
 
-STAGES = {"image": image_stage}
+STAGES = {"pretrain": pretrain_stage, "image": image_stage}
 
 
 # --- Parts ---
-
-
-def choose_precision(wanted: str, device: torch.device) -> str:
-    """`auto` to what the launcher was told, else to bf16 where the device has instructions for it, else no.
-
-    Raises:
-        ValueError: the launcher was told a precision that is not offered.
-    """
-    if wanted != "auto":
-        return wanted
-    if (told := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
-        if told != "bf16":
-            raise ValueError(f"accelerate launch --mixed_precision {told} is not offered; use bf16 or no")
-        return told
-    if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "no"
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "no"
-
-
-def cpu_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def build_optimizer(model: nn.Module, arguments: FerTrainingArguments) -> torch.optim.AdamW:
-    """AdamW on what is trainable; weight decay on matrices, not on biases, norms, tokens and positions."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decays = {name: p.ndim >= 2 and "position" not in name and "token" not in name for name, p in trainable}
-    groups = [
-        {"params": [p for name, p in trainable if decays[name]], "weight_decay": arguments.weight_decay},
-        {"params": [p for name, p in trainable if not decays[name]], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98), fused=True)
-
-
-def weight_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of the weights; it looks back further as steps pass, up to `decay`."""
-
-    def average(averaged: Any, current: Any, seen: torch.Tensor | int) -> None:
-        weight = 1 - min(decay, (1 + int(seen)) / (10 + int(seen)))
-        torch._foreach_lerp_(averaged, current, weight)
-
-    return AveragedModel(model, multi_avg_fn=average)
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make the randomness of a step a pure function of its place: a resumed run draws what it would have."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
-
-
-def batches(stage: Stage, size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches for this process without end: round after round of the sampler, from where it stands."""
-    loader = DataLoader(
-        stage.dataset, size, sampler=stage.sampler, collate_fn=as_batch, pin_memory=device.type == "cuda"
-    )
-    while True:
-        for batch in loader:
-            yield {name: values.to(device, non_blocking=True) for name, values in batch.items()}
 
 
 def shown(metrics: dict[str, float]) -> str:
@@ -114,34 +55,20 @@ def shown(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
 
 
-class History:
-    """The run's numbers by step, one JSON object a line; resuming drops what came after the checkpoint."""
-
-    def __init__(self, path: Path, step: int, is_main: bool) -> None:
-        self.path, self.is_main, self.rows = path, is_main, []
-        if is_main:
-            if path.exists() and step:
-                rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-                self.rows = [row for row in rows if row["step"] <= step]
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Append one row."""
-        if self.is_main:
-            self.rows.append(row)
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+def flat(logs: dict[str, Any]) -> dict[str, float]:
+    """Numbers for a tracker: a list becomes one number a place."""
+    return {
+        f"{name}/{i}" if isinstance(value, list) else name: number
+        for name, value in logs.items()
+        for i, number in enumerate(value if isinstance(value, list) else [value])
+    }
 
 
-# --- The run ---
-
-
-def train(arguments: FerTrainingArguments) -> dict[str, Any]:
-    """Train one stage to its end; returns the best evaluation.
+def set_up(arguments: FerTrainingArguments) -> tuple[Accelerator, Path | None]:
+    """Check that the run can begin or go on; returns the accelerator, and the checkpoint to resume from.
 
     Raises:
-        ValueError: bad data, arguments, or a checkpoint of another configuration.
-        FloatingPointError: the loss is no longer finite; the last checkpoint is good.
+        ValueError: arguments that do not fit the machine, the folder, or the checkpoint.
     """
     run = Path(arguments.output_dir)
     if arguments.tracker != "none" and find_spec(arguments.tracker) is None:
@@ -151,12 +78,11 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         log_with=None if arguments.tracker == "none" else arguments.tracker,
         project_dir=str(run),
     )
-    is_main, device = accelerator.is_main_process, accelerator.device
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if device.type == "cpu":  # accelerate launch leaves one thread a process unless told otherwise
-        torch.set_num_threads(arguments.threads or max(1, cpu_cores() // accelerator.num_processes))
-    arguments.precision = choose_precision(arguments.precision, device)
+    if accelerator.device.type == "cpu":
+        use_cpu(arguments.threads, accelerator.num_processes)
+    arguments.precision = choose_precision(arguments.precision, accelerator.device)
     share = accelerator.num_processes * arguments.accumulation_steps
     if arguments.batch_size % share:
         raise ValueError(
@@ -174,25 +100,44 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
             f"{run} holds a run already; continue it with --resume auto, or choose another --output_dir"
         )
     accelerator.wait_for_everyone()
+    return accelerator, checkpoint
+
+
+# --- The run ---
+
+
+def train(arguments: FerTrainingArguments) -> dict[str, Any]:
+    """Train one stage to its end; returns the best evaluation.
+
+    Raises:
+        ValueError: bad data, arguments, or a checkpoint of another configuration.
+        FloatingPointError: the loss is no longer finite; the last checkpoint is good.
+    """
+    accelerator, checkpoint = set_up(arguments)
+    run, is_main, device = Path(arguments.output_dir), accelerator.is_main_process, accelerator.device
 
     # Model, data and state
     seed_step(arguments.seed, 0, 0)  # the same initial weights on every process
     stage = STAGES[arguments.stage](arguments, accelerator)
-    total = arguments.max_steps or max(1, round(arguments.epochs * stage.sampler.batches_per_epoch))
+    sampler = stage.labelled.sampler
+    total = arguments.max_steps or max(1, round(arguments.epochs * sampler.batches_per_pass))
     average = weight_average(stage.model, arguments.ema_decay).to(device) if arguments.ema_decay else None
-    optimizer = build_optimizer(stage.model, arguments)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(arguments.warmup * total), total)
+    optimizer = build_optimizer(
+        stage.model, arguments.learning_rate, arguments.weight_decay, arguments.layer_decay
+    )
+    finetune = arguments.finetune if arguments.method == "feedback" else 0.0
+    schedule = build_schedule(optimizer, arguments.warmup, total, finetune)
     if arguments.compile:
         stage.model.compile()
     model, optimizer = accelerator.prepare(stage.model, optimizer)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    step = stage.make_step(model)
-    objects = {"schedule": schedule, "sampler": stage.sampler, "step": step}
-    if average is not None:
-        objects["average"] = average
+    step = stage.make_step(model, total)
+    objects: dict[str, Stateful] = {"schedule": schedule, "sampler": sampler, "step": step}
+    objects |= {} if average is None else {"average": average}
+    own: dict[str, Stateful] = {} if stage.unlabelled is None else {"unlabelled": stage.unlabelled}
     state: dict[str, Any] = {"step": 0, "best": None}
     if checkpoint:
-        state = load_checkpoint(accelerator, checkpoint, objects)
+        state = load_checkpoint(accelerator, checkpoint, objects, own)
         accelerator.print(f"resumed from {checkpoint}")
     state["arguments"] = dataclasses.asdict(arguments)
     if is_main:
@@ -207,7 +152,7 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
 
     # The loop: each pass judges and saves what the steps so far have made, then takes one more
     started_at, logged_at = state["step"], state["step"]
-    stream = batches(stage, arguments.batch_size // share, device)
+    stream = joined(stage.labelled, stage.unlabelled, arguments.accumulation_steps, device)
     sums: dict[str, torch.Tensor] = {}
     moments = (arguments.log_steps, arguments.eval_steps, arguments.save_steps)
     clock = time.perf_counter()
@@ -231,7 +176,7 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
             rate = (now - logged_at) * arguments.batch_size / (time.perf_counter() - clock)
             row = {**parts, "learning_rate": schedule.get_last_lr()[0], "images_per_second": rate}
             accelerator.log({f"train/{name}": value for name, value in row.items()}, step=now)
-            history.add({"step": now, "epoch": stage.sampler.epoch, **row})
+            history.add({"step": now, "epoch": sampler.epoch, **row})
             bar.set_postfix(loss=f"{parts['loss']:.3f}", refresh=False)
             sums, logged_at, clock = {}, now, time.perf_counter()
 
@@ -249,7 +194,7 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
 
         if is_new and (now % arguments.save_steps == 0 or last):
             paused = time.perf_counter()
-            save_checkpoint(accelerator, run, state, objects, arguments.keep_checkpoints)
+            save_checkpoint(accelerator, run, state, objects, own, arguments.keep_checkpoints)
             clock += time.perf_counter() - paused
 
         if last:
@@ -270,9 +215,19 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         if average is not None:
             average.update_parameters(stage.model)
-        if stage.sampler.advance() and (weights := step.end_round()) is not None:
-            stage.sampler.set_class_weights(weights)
+        for name, value in step.after_update().items():
+            sums[name] = sums.get(name, 0) + value
         state["step"] += 1
+        if stage.unlabelled is not None:
+            stage.unlabelled.advance()
+        if sampler.advance():
+            ended = step.end_round()
+            if ended.class_weights is not None:
+                sampler.set_class_weights(ended.class_weights)
+            if ended.logs:
+                logs = {f"round/{name}": value for name, value in ended.logs.items()}
+                accelerator.log(flat(logs), step=state["step"])
+                history.add({"step": state["step"], "epoch": sampler.epoch, **logs})
         bar.update()
 
     # What the run leaves

@@ -39,13 +39,9 @@ class FaceDataset(Dataset):
         ids = np.asarray(expressions, dtype=np.int64)
         if outside := sorted({*ids.tolist()} - {IGNORE, *range(len(CLASSES))}):
             raise ValueError(f"labels must be {IGNORE} or 0 to {len(CLASSES) - 1}, got {outside[:5]}")
-        if unknown := [name for name in classes if name not in CLASSES]:
-            raise ValueError(f"classes {unknown} are not among ours: {', '.join(CLASSES)}")
-        ours = [CLASSES.index(name) for name in classes]
-        translate = np.full(len(CLASSES) + 1, IGNORE)  # its last place is where id -1 looks
-        translate[ours] = np.arange(len(ours))
         self.pixels = pixels
-        self.labels = translate[ids]
+        self.labels = class_translation(classes).numpy()[ids]
+        ours = [CLASSES.index(name) for name in classes]
         # One-hot where there are no votes for the model's classes; all zero where there is no label either.
         onehot = np.append(np.eye(len(ours), dtype=np.float32), np.zeros((1, len(ours)), np.float32), axis=0)
         self.targets = onehot[self.labels]
@@ -70,6 +66,19 @@ class FaceDataset(Dataset):
             "targets": torch.from_numpy(self.targets[rows]),
             "index": torch.from_numpy(rows),
         }
+
+
+def class_translation(classes: Sequence[str]) -> torch.Tensor:
+    """Ids of a model's classes by our class id, `(9,)`; -1 for what it does not know, and for id -1.
+
+    Raises:
+        ValueError: a class that is none of ours.
+    """
+    if unknown := [name for name in classes if name not in CLASSES]:
+        raise ValueError(f"classes {unknown} are not among ours: {', '.join(CLASSES)}")
+    translate = torch.full((len(CLASSES) + 1,), IGNORE)  # its last place is where id -1 looks
+    translate[[CLASSES.index(name) for name in classes]] = torch.arange(len(classes))
+    return translate
 
 
 def as_batch(fetched: Any) -> Any:

@@ -18,6 +18,35 @@ def class_quotas(probabilities: np.ndarray, total: int) -> np.ndarray:
     return quotas
 
 
+def feedback_weights(shares: np.ndarray, recall: np.ndarray | None = None, bound: float = 3.0) -> np.ndarray:
+    """Class weights `(C,)` with sum 1 that lean against the bias of pseudo-labels and against low recall.
+
+    `w_c` is proportional to `shares_c ** -1/2`, times `recall_c ** -1/2` where recall is known, each with a
+    floor of a hundredth, and no weight leaves `[1/bound, bound]` times uniform. The square root goes half of
+    the way: unlabelled faces need not be uniform over classes.
+
+    Args:
+        shares: share of each class in the pseudo-labels, sum 1.
+        recall: of each class on held-out labelled faces, 0 to 1.
+        bound: at least 1, which gives uniform weights.
+
+    Raises:
+        ValueError: a bound below 1.
+    """
+    if not bound >= 1:
+        raise ValueError(f"class weights need a bound of at least 1, got {bound}")
+    wanted = np.maximum(np.asarray(shares, np.float64), 0.01) ** -0.5
+    if recall is not None:
+        wanted = wanted * np.maximum(np.asarray(recall, np.float64), 0.01) ** -0.5
+    # One factor brings the clipped weights to a mean of 1: the mean grows with it, from 1/bound to bound.
+    low, high = 1 / (bound * wanted.max()), bound / wanted.min()
+    for _ in range(60):
+        factor = np.sqrt(low * high)
+        low, high = (factor, high) if np.clip(factor * wanted, 1 / bound, bound).mean() < 1 else (low, factor)
+    weights = np.clip(high * wanted, 1 / bound, bound)
+    return weights / weights.sum()
+
+
 class DebiasFeedbackSampler(Sampler[int]):
     """Indices of labelled examples, class by class in wanted proportions, cut by process.
 
@@ -39,6 +68,7 @@ class DebiasFeedbackSampler(Sampler[int]):
         alpha: 0 to 1, how far sampling is pulled from natural to uniform.
         seed: any non-negative integer.
         rank, world_size: this process and how many there are.
+        round_batches: global batches of a round; 0: one pass over the data.
 
     Raises:
         ValueError: a class without examples, or a batch that does not divide by the processes.
@@ -53,6 +83,7 @@ class DebiasFeedbackSampler(Sampler[int]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        round_batches: int = 0,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
@@ -71,13 +102,10 @@ class DebiasFeedbackSampler(Sampler[int]):
         self.batch_size, self.alpha, self.seed = batch_size, alpha, seed
         self.rank, self.world_size = rank, world_size
         self.class_weights = np.full(num_classes, 1 / num_classes)
+        self.batches_per_pass = -(-int(self.counts.sum()) // batch_size)
+        self.batches_per_epoch = round_batches or self.batches_per_pass
         self.epoch = 0
         self.batches_done = 0  # of this epoch; an interrupted epoch goes on from here
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Global batches in one round."""
-        return -(-int(self.counts.sum()) // self.batch_size)
 
     def class_probabilities(self) -> np.ndarray:
         """Probability `(C,)` with which each class is drawn."""

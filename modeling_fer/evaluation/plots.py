@@ -1,6 +1,7 @@
 """Figures of an evaluation, made without pyplot: no display is needed and no global state is touched."""
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from modeling_fer.labels import CLASSES
 
 DPI = 150
 Curve = tuple[list[int], list[float]]  # steps, values
+SCORES = {"validation/macro_f1": "macro F1", "validation/accuracy": "accuracy"}
 
 BLUE, ORANGE, GREY, GREEN = "#2f6db3", "#d9792b", "#8a8f98", "#3a8f5c"
 
@@ -102,9 +104,10 @@ def learning_curve_figure(history: Sequence[Mapping[str, Any]], title: str = "Le
 
     Args:
         history: rows in any order, each with `step`. Training rows have `loss` and perhaps `learning_rate`;
-            evaluation rows have `validation/macro_f1` and perhaps `validation/accuracy`. What is missing is
-            not drawn, and a value that is not finite leaves a gap. A resumed run may repeat a step: the later
-            row counts.
+            evaluation rows have `validation/macro_f1` and perhaps `validation/accuracy`, or, where no row has
+            either, other numbers `validation/*`, all of which are drawn. The best value of the first is
+            marked. What is missing is not drawn, and a value that is not finite leaves a gap. A resumed run
+            may repeat a step: the later row counts.
         title: heading of the figure.
 
     Raises:
@@ -113,22 +116,37 @@ def learning_curve_figure(history: Sequence[Mapping[str, Any]], title: str = "Le
     for row in history:
         if "step" not in row:
             raise ValueError(f"history: expected every row to have 'step', got {dict(row)}")
-    names = ("loss", "learning_rate", "validation/macro_f1", "validation/accuracy")
-    loss, lr, f1, accuracy = (_curve(history, name) for name in names)
-    has_training, has_scores = bool(loss[0] or lr[0]), bool(f1[0] or accuracy[0])
-    panels = has_training + has_scores
+    loss, lr = _curve(history, "loss"), _curve(history, "learning_rate")
+    scores = _scores(history)
+    panels = bool(loss[0] or lr[0]) + bool(scores)
     if not panels:
-        raise ValueError(f"history: expected one of {', '.join(names)}, got none in {len(history)} rows")
+        raise ValueError(
+            f"history: expected one of loss, learning_rate, validation/*, got none in {len(history)} rows"
+        )
 
     figure = Figure(figsize=(7.2, 0.9 + 2.8 * panels), layout="constrained")
     rows = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
-    if has_training:
+    if loss[0] or lr[0]:
         _draw_training(rows[0], loss, lr)
-    if has_scores:
-        _draw_scores(rows[-1], f1, accuracy)
+    if scores:
+        _draw_scores(rows[-1], scores)
     rows[0].set_title(title, pad=10)
     rows[-1].set_xlabel("Step")
     rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def image_rows_figure(rows: Mapping[str, np.ndarray]) -> Figure:
+    """Draw named rows of images, each uint8 `(N, 3, H, W)` with the same N."""
+    count = len(next(iter(rows.values())))
+    figure = Figure(figsize=(1.1 * count + 1.2, 1.1 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for line, (name, images) in zip(grid, rows.items(), strict=True):
+        for axes, image in zip(line, images, strict=True):
+            axes.imshow(image.transpose(1, 2, 0))
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
 
 
@@ -143,6 +161,16 @@ def _curve(history: Sequence[Mapping[str, Any]], name: str) -> Curve:
     points = {int(row["step"]): float(row[name]) for row in history if row.get(name) is not None}
     steps = sorted(points)
     return steps, [points[step] for step in steps]
+
+
+def _scores(history: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    """Curves by label: those of `SCORES`, or else all validation numbers, in the order in which they appear."""
+    names = SCORES
+    if not any(name in row for row in history for name in SCORES):
+        found = dict.fromkeys(name for row in history for name in row if name.startswith("validation/"))
+        names = {name: name.removeprefix("validation/").replace("_", " ") for name in found}
+    curves = {label: _curve(history, name) for name, label in names.items()}
+    return {label: curve for label, curve in curves.items() if curve[0]}
 
 
 def _smooth(values: list[float]) -> list[float]:
@@ -174,19 +202,19 @@ def _draw_training(axes: Axes, loss: Curve, lr: Curve) -> None:
     axes.legend(handles=lines, loc="upper right", frameon=False)
 
 
-def _draw_scores(axes: Axes, f1: Curve, accuracy: Curve) -> None:
-    if f1[0]:
-        axes.plot(*f1, color=ORANGE, marker="o", markersize=4, linewidth=1.8, label="macro F1")
-        finite = [(value, step) for step, value in zip(*f1, strict=True) if math.isfinite(value)]
-        if finite:
-            value, step = max(finite)
-            axes.plot(step, value, "o", markersize=10, markerfacecolor="none", markeredgecolor=ORANGE)
-            offset: dict[str, Any] = {"xytext": (0, -17), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"best {value:.3f}", (step, value), color=ORANGE, weight="bold", **offset)
-    if accuracy[0]:
-        axes.plot(*accuracy, color=GREEN, marker="s", markersize=3.5, linewidth=1.4, label="accuracy")
+def _draw_scores(axes: Axes, scores: Mapping[str, Curve]) -> None:
+    styles = itertools.cycle(((ORANGE, "o", 4, 1.8), (GREEN, "s", 3.5, 1.4), (BLUE, "^", 4, 1.4)))
+    for (label, curve), (color, marker, size, width) in zip(scores.items(), styles, strict=False):
+        axes.plot(*curve, color=color, marker=marker, markersize=size, linewidth=width, label=label)
+    steps, values = next(iter(scores.values()))
+    if finite := [(value, step) for value, step in zip(values, steps, strict=True) if math.isfinite(value)]:
+        value, step = max(finite)
+        axes.plot(step, value, "o", markersize=10, markerfacecolor="none", markeredgecolor=ORANGE)
+        offset: dict[str, Any] = {"xytext": (0, -17), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"best {value:.3f}", (step, value), color=ORANGE, weight="bold", **offset)
+    drawn = [value for _, values in scores.values() for value in values if math.isfinite(value)]
     axes.set_ylabel("Validation score")
-    axes.set_ylim(0, 1)
+    axes.set_ylim(min([0, *drawn]), max([1, *drawn]))
     axes.legend(loc="lower right", frameon=False)
     _tidy(axes)
 

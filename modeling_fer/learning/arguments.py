@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,13 @@ class FerTrainingArguments:
     Sizes are in pixels, batch sizes over all processes, steps are optimizer steps.
     """
 
-    data: str = option("", "prepared data set (folder written by `fer data prepare`)")
+    data: str = option(
+        "",
+        "prepared data set (folder written by `fer data prepare`), or several by role: labelled=DIR, "
+        "pseudo=DIR, unlabelled=DIR, separated by commas or given by repeated --data",
+    )
     output_dir: str = option("", "folder of the run: model, metrics, history, checkpoints")
-    stage: str = option("image", "what to train: image")
+    stage: str = option("image", "what to train: pretrain (masked autoencoding) or image")
     cache_dir: str = option("", "where decoded pixels are kept; default: <data>/cache")
 
     encoder: str = option(
@@ -56,9 +61,54 @@ class FerTrainingArguments:
         "all", "all: the 8 classes, each needs training rows; present: only those with training rows"
     )
 
+    mask_ratio: float = option(0.75, "pretrain: share of patches that are hidden")
+    decoder_hidden_size: int = option(96, "pretrain: width of the decoder")
+    decoder_layers: int = option(2, "pretrain: layers of the decoder")
+
     lora_rank: int = option(0, "rank of LoRA adapters on the encoder; 0: full fine-tuning")
     lora_targets: str = option("attention", "attention, mlp or all")
     lora_alpha: float = option(0.0, "scale of the update is alpha / rank; 0: twice the rank")
+
+    method: str = option("supervised", "image: supervised, fixmatch or feedback (teacher and student)")
+    strong_augmentation: str = option("strong", "of the views that pseudo-labels are learnt on")
+    mu: int = option(4, "unlabelled faces for each labelled one in a batch")
+    lambda_u: float = option(1.0, "weight of the unlabelled loss")
+    threshold_rule: str = option("fixed", "which pseudo-labels count: fixed, flex, free, soft or ada")
+    threshold: float = option(0.95, "confidence for rules fixed and flex, first value for ada")
+    threshold_momentum: float = option(0.99, "of the running means of rules free, soft and ada")
+    debias_tau: float = option(0.0, "strength of debiasing by the marginal of pseudo-labels; 0: none")
+    debias_momentum: float = option(0.99, "of that marginal, and of --align")
+    align: str = option(
+        "none",
+        "pull the distribution of pseudo-labels to: uniform, labelled (as predicted on labelled faces; for "
+        "unlabelled faces of another domain) or none",
+    )
+    gate: str = option(
+        "none", "leave out unlabelled faces unlike the labelled by: energy, probability or none"
+    )
+    gate_quantile: float = option(0.05, "share of labelled faces that the gate would leave out")
+    teacher_ema: float = option(
+        0.0, "fixmatch: weight average that makes the pseudo-labels; 0: the model itself"
+    )
+    feedback_weight: float = option(
+        1.0, "feedback: weight of the student's improvement in the teacher's loss"
+    )
+    finetune: float = option(0.1, "feedback: share of the steps, at the end, on labelled faces alone")
+    sampler_bound: float = option(
+        1.0, "feedback to the sampler keeps class weights within this factor of uniform; 1: none"
+    )
+    holdout: float = option(
+        0.0,
+        "share of labelled training faces kept from training to measure recall for the sampler's feedback",
+    )
+    round_steps: int = option(
+        0, "steps between feedback to the sampler; 0: one pass over the labelled data, at least 50"
+    )
+    stream: str = option(
+        "",
+        "unlabelled faces that are not stored: folder of parquet or tar shards, or Hub id, read as they come",
+    )
+    stream_memory: int = option(100_000, "faces of a stream that rule flex remembers")
 
     epochs: float = option(10, "passes over the labelled data, where max_steps is 0")
     max_steps: int = option(0, "optimizer steps; 0: given by epochs")
@@ -69,6 +119,9 @@ class FerTrainingArguments:
     warmup: float = option(
         0.05, "share of the steps in which the learning rate rises; then it falls by a cosine to 0"
     )
+    layer_decay: float = option(
+        1.0, "factor of the learning rate from each encoder block to the one below it; 1: none"
+    )
     weight_decay: float = option(0.05, "of AdamW, on matrices only")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not")
     ema_decay: float = option(
@@ -76,7 +129,7 @@ class FerTrainingArguments:
     )
     label_smoothing: float = option(0.0, "of the cross-entropy")
     soft_labels: bool = option(False, "learn from vote distributions where a row has one")
-    augmentation: str = option("weak", "weak or none")
+    augmentation: str = option("weak", "weak, strong, crop or none; crop is for pretraining")
     erasing: float = option(0.0, "probability that part of a training image is blanked")
 
     seed: int = option(0, "of weights, order and augmentation")
@@ -96,9 +149,14 @@ class FerTrainingArguments:
 
     def __post_init__(self) -> None:
         choices = {
-            "stage": ("image",),
+            "stage": ("pretrain", "image"),
             "classes": ("all", "present"),
-            "augmentation": ("weak", "none"),
+            "augmentation": ("weak", "strong", "crop", "none"),
+            "strong_augmentation": ("strong", "weak", "none"),
+            "method": ("supervised", "fixmatch", "feedback"),
+            "threshold_rule": ("fixed", "flex", "free", "soft", "ada"),
+            "align": ("none", "uniform", "labelled"),
+            "gate": ("none", "energy", "probability"),
             "precision": ("auto", "no", "bf16"),
             "tracker": ("tensorboard", "trackio", "none"),
         }
@@ -120,6 +178,10 @@ class FerTrainingArguments:
             "hidden_size",
             "num_layers",
             "num_heads",
+            "decoder_hidden_size",
+            "decoder_layers",
+            "mu",
+            "stream_memory",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
@@ -131,6 +193,10 @@ class FerTrainingArguments:
             "threads",
             "weight_decay",
             "max_grad_norm",
+            "lambda_u",
+            "debias_tau",
+            "feedback_weight",
+            "round_steps",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
@@ -138,10 +204,34 @@ class FerTrainingArguments:
             raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
         if self.max_steps < 0 or not self.epochs > 0:
             raise ValueError(f"--max_steps {self.max_steps} --epochs {self.epochs}: nothing would be trained")
-        for name in ("ema_decay", "label_smoothing", "erasing", "dropout", "warmup", "sampling_alpha"):
+        for name in (
+            "ema_decay",
+            "label_smoothing",
+            "erasing",
+            "dropout",
+            "warmup",
+            "sampling_alpha",
+            "threshold",
+            "gate_quantile",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
 
+        for name in ("threshold_momentum", "debias_momentum", "teacher_ema", "finetune", "holdout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not self.sampler_bound >= 1:
+            raise ValueError(f"--sampler_bound must be at least 1 (none), got {self.sampler_bound}")
+        if self.method == "feedback" and self.accumulation_steps > 1:
+            raise ValueError(
+                "--method feedback compares the student before and after a whole batch: "
+                "use --accumulation_steps 1"
+            )
+        for name in ("layer_decay", "mask_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
+        if self.stage == "pretrain" and (self.encoder or self.lora_rank):
+            raise ValueError("--stage pretrain trains a new ViT whole: leave out --encoder and --lora_rank")
         if not self.encoder:
             size = self.image_size or 112
             if size % self.patch_size:
@@ -175,6 +265,7 @@ def parse_arguments(argv: list[str] | None = None) -> FerTrainingArguments:
     Raises:
         ValueError: the file holds something other than known fields, or a value is out of range.
     """
+    argv = _join_data(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(FerTrainingArguments, description="Train a facial-expression model.")  # type: ignore[arg-type]
     parser.add_argument("--config", help="YAML file of the fields below; the command line wins over it")
     config_only = argparse.ArgumentParser(add_help=False)
@@ -185,6 +276,20 @@ def parse_arguments(argv: list[str] | None = None) -> FerTrainingArguments:
     namespace = vars(parser.parse_args(argv))
     namespace.pop("config")
     return FerTrainingArguments(**namespace)
+
+
+def _join_data(argv: list[str]) -> list[str]:
+    """Several `--data` as one, their values separated by commas."""
+    kept, values = [], []
+    words = iter(argv)
+    for word in words:
+        if word == "--data":
+            values.append(next(words, ""))
+        elif word.startswith("--data="):
+            values.append(word.removeprefix("--data="))
+        else:
+            kept.append(word)
+    return [*kept, "--data", ",".join(values)] if values else kept
 
 
 def _read_config(path: Path) -> dict[str, str]:

@@ -72,16 +72,24 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, run: Path, state: Mapping[str, Any], objects: Mapping[str, Stateful], keep: int
+    accelerator: Accelerator,
+    run: Path,
+    state: Mapping[str, Any],
+    objects: Mapping[str, Stateful],
+    own: Mapping[str, Stateful],
+    keep: int,
 ) -> None:
     """Write `run/checkpoints/step_N` and delete all but the newest `keep`. Call on every process.
 
     accelerate writes model, optimizer and random states; `objects` (schedule, sampler, averages, the step's
-    own state) go into `objects.pt`, and `state` (plain numbers and names, with `step`) into `state.json`.
+    own state) are the same on every process and go into `objects.pt`; `own` are those whose state every
+    process has for itself (the place in a stream) and go into `own_<rank>.pt`; `state` (plain numbers and
+    names, with `step`) goes into `state.json`.
     """
 
     def write(folder: Path) -> None:
         accelerator.save_state(str(folder))
+        torch.save({name: o.state_dict() for name, o in own.items()}, folder / own_file(accelerator))
         if accelerator.is_main_process:
             torch.save({name: o.state_dict() for name, o in objects.items()}, folder / "objects.pt")
             (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
@@ -90,6 +98,11 @@ def save_checkpoint(
     if accelerator.is_main_process:
         for old in checkpoints(run)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def own_file(accelerator: Accelerator) -> str:
+    """Name of the file of this process's own state."""
+    return f"own_{accelerator.process_index}.pt"
 
 
 def find_checkpoint(run: Path, resume: str) -> Path | None:
@@ -134,7 +147,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    accelerator: Accelerator, folder: Path, objects: Mapping[str, Stateful]
+    accelerator: Accelerator, folder: Path, objects: Mapping[str, Stateful], own: Mapping[str, Stateful]
 ) -> dict[str, Any]:
     """Take over everything that `save_checkpoint` wrote; returns its `state`.
 
@@ -144,10 +157,12 @@ def load_checkpoint(
     state = read_state(folder)
     try:
         saved = torch.load(folder / "objects.pt", map_location="cpu", weights_only=True)
-        if saved.keys() != objects.keys():
-            raise ValueError(f"it holds {sorted(saved)}, this run needs {sorted(objects)}")
+        saved |= torch.load(folder / own_file(accelerator), map_location="cpu", weights_only=True)
+        needed = {**objects, **own}
+        if saved.keys() != needed.keys():
+            raise ValueError(f"it holds {sorted(saved)}, this run needs {sorted(needed)}")
         accelerator.load_state(str(folder))
-        for name, o in objects.items():
+        for name, o in needed.items():
             o.load_state_dict(saved[name])
     except Exception as error:
         raise ValueError(

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from datasets import DatasetDict
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import ViTConfig, ViTImageProcessor
 
 from modeling_fer import FerConfig, FerForImageClassification
-from modeling_fer.data import schema
-from modeling_fer.data.augment import AUGMENTATIONS, Normalize, View
+from modeling_fer.data.augment import Normalize
+from modeling_fer.data.collection import Collection, expressions_of
 from modeling_fer.data.dataset import FaceDataset
+from modeling_fer.data.feed import Pool, Streamed
 from modeling_fer.data.pixels import decode_split
 from modeling_fer.data.sampling import DebiasFeedbackSampler
 from modeling_fer.evaluation.metrics import compute_metrics
@@ -26,26 +26,10 @@ from modeling_fer.labels import CLASSES, IGNORE
 from modeling_fer.learning.adapters import add_lora, merge_lora, save_adapter
 from modeling_fer.learning.arguments import FerTrainingArguments
 from modeling_fer.learning.inference import class_names, over_all_classes, predict_probabilities
+from modeling_fer.learning.methods import count_recall, hold_out, step_maker
 from modeling_fer.learning.stage import Stage
-from modeling_fer.learning.step import SupervisedStep
 
-
-def labelled_rows(data: DatasetDict, split: str, folder: str) -> Any:
-    """The rows of a split that carry a label.
-
-    Raises:
-        ValueError: the data set has no such split, or it holds no label.
-    """
-    if split not in data:
-        raise ValueError(
-            f"{folder} has no {split} split (it has {', '.join(data)}); prepare the data with one"
-        )
-    rows = np.flatnonzero(np.asarray(data[split].with_format("numpy")["expression"][:]) != IGNORE)
-    if not len(rows):
-        raise ValueError(
-            f"{folder}: no row of the {split} split has a label; training needs labelled faces there"
-        )
-    return data[split] if len(rows) == len(data[split]) else data[split].select(rows)
+SHORTEST_ROUND = 50  # steps between feedback to the sampler, where passes over the labelled faces are shorter
 
 
 def choose_classes(expressions: np.ndarray, rule: str, folder: str) -> list[str]:
@@ -160,12 +144,11 @@ def freeze_unused(model: nn.Module, image_size: int) -> list[str]:
 
 
 def image_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> Stage:
-    """Set up supervised training of a still-image classifier."""
-    data = schema.load(arguments.data)
-    train, validation = (labelled_rows(data, split, arguments.data) for split in ("train", "validation"))
-    expressions = np.asarray(train.with_format("numpy")["expression"][:])
+    """Set up training of a still-image classifier, on labelled faces and perhaps unlabelled ones."""
+    collection = Collection(arguments.data)
+    train, validation = collection.labelled("train"), collection.labelled("validation")
+    expressions, validation_labels = expressions_of(train), expressions_of(validation)
     classes = choose_classes(expressions, arguments.classes, arguments.data)
-    validation_labels = np.asarray(validation.with_format("numpy")["expression"][:])
     if absent := [name for i, name in enumerate(CLASSES) if i not in validation_labels]:
         accelerator.print(
             f"{arguments.data}: no validation rows of {', '.join(absent)}; macro_f1 counts them 0, "
@@ -183,37 +166,58 @@ def image_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
     decode = partial(
         decode_split,
         size=image_size,
-        cache_dir=arguments.cache_dir or Path(arguments.data) / "cache",
+        cache_dir=arguments.cache_dir or collection.cache_dir,
         show_progress=accelerator.is_main_process,
     )
+    unlabelled = None
+    if arguments.method != "supervised" and not arguments.stream:
+        unlabelled = collection.unlabelled()
+        if unlabelled is None:
+            raise ValueError(
+                f"--method {arguments.method}: {arguments.data} has no unlabeled split; prepare the data "
+                "with one, add --data unlabelled=FOLDER, or --stream SHARDS"
+            )
     with accelerator.main_process_first():
         pixels, validation_pixels = decode(train), decode(validation)
+        unlabelled_pixels = None if unlabelled is None else decode(unlabelled)
     soft_labels = train["soft_label"][:] if arguments.soft_labels else None
     dataset = FaceDataset(pixels, expressions, soft_labels, classes)
+    held_out = hold_out(dataset.labels, arguments.holdout, arguments.seed)
 
-    sampler = DebiasFeedbackSampler(
-        dataset.labels,
+    ranks = (accelerator.process_index, accelerator.num_processes)
+    order = DebiasFeedbackSampler(
+        np.where(held_out, IGNORE, dataset.labels),
         len(classes),
         arguments.batch_size,
         arguments.sampling_alpha,
         arguments.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
+        *ranks,
     )
-    mean, std = processor.image_mean, processor.image_std
-    view = View(AUGMENTATIONS[arguments.augmentation](arguments.erasing), mean, std).to(accelerator.device)
-    bf16 = arguments.precision == "bf16"
+    if arguments.method != "supervised":
+        order.batches_per_epoch = arguments.round_steps or max(order.batches_per_pass, SHORTEST_ROUND)
+    feed: Pool | Streamed | None = None
+    memory = arguments.stream_memory
+    size = arguments.mu * arguments.batch_size
+    if unlabelled is not None and unlabelled_pixels is not None:
+        pool = FaceDataset(unlabelled_pixels, expressions_of(unlabelled), None, classes)
+        memory = len(pool)
+        one_class = np.zeros(memory, dtype=np.int64)  # no label has a say in the order
+        feed = Pool(pool, DebiasFeedbackSampler(one_class, 1, size, 0.0, arguments.seed + 1, *ranks))
+    elif arguments.method != "supervised":
+        feed = Streamed(arguments.stream, image_size, size, arguments.seed, *ranks, classes=classes)
 
-    def make_step(prepared: nn.Module) -> SupervisedStep:
-        autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
-        return SupervisedStep(prepared, view, autocast, arguments.label_smoothing, arguments.soft_labels)
+    normalize = Normalize(processor.image_mean, processor.image_std)
+
+    def predict(model: nn.Module, pixels: np.ndarray) -> np.ndarray:
+        return predict_probabilities(model, pixels, normalize, arguments.eval_batch_size, accelerator)
+
+    recall = None
+    if held_out.any():
+        recall = count_recall(predict, np.array(pixels[held_out]), dataset.labels[held_out], len(classes))
+    make_step = step_maker(arguments, accelerator, trained, processor, len(classes), memory, recall)
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
-        normalize = Normalize(mean, std)
-        found = predict_probabilities(
-            model, validation_pixels, normalize, arguments.eval_batch_size, accelerator
-        )
-        found = over_all_classes(found, class_names(model))
+        found = over_all_classes(predict(model, validation_pixels), class_names(model))
         metrics = compute_metrics(validation_labels, found.argmax(-1), found, bootstrap_samples=0)
         keys = ("macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy", "ece", "nll")
         return {key: metrics[key] for key in keys}
@@ -226,4 +230,4 @@ def image_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
         plain.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    return Stage(trained, dataset, sampler, make_step, evaluate, "macro_f1", save)
+    return Stage(trained, Pool(dataset, order), make_step, evaluate, "macro_f1", save, feed)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import Dataset
 
-from modeling_fer.data.sampling import DebiasFeedbackSampler
+from modeling_fer.data.feed import Pool, Streamed
 from modeling_fer.learning.step import Step
 
 
@@ -18,20 +17,18 @@ class Stage:
 
     Attributes:
         model: the model to train, on any device.
-        dataset: fetches whole batches (`__getitems__`).
-        sampler: order of its examples, and the place in it.
-        make_step: prepared model to training step.
+        labelled: the faces whose passes make the rounds; batch size and rounds are those of its sampler.
+        unlabelled: faces that come beside them in each batch, if any.
+        make_step: prepared model and the number of steps to come, to training step.
         evaluate: model to numbers, `criterion` among them, higher is better. Called on every process.
         criterion: the number by which the best model is chosen.
         save: write a model that can be released to a folder.
-        report: write figures on the best model's validation to a folder; called on the main process when it
-            has improved.
     """
 
     model: nn.Module
-    dataset: Dataset
-    sampler: DebiasFeedbackSampler
-    make_step: Callable[[nn.Module], Step]
+    labelled: Pool
+    make_step: Callable[[nn.Module, int], Step]
     evaluate: Callable[[nn.Module], dict[str, Any]]
     criterion: str
     save: Callable[[nn.Module, Path], None]
+    unlabelled: Pool | Streamed | None = None

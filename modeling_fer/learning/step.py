@@ -1,6 +1,7 @@
 """Training steps: each turns a batch into gradients and numbers to log, out of the loop's sight."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,6 +10,19 @@ from torch import nn
 
 Batch = dict[str, torch.Tensor]
 Logs = dict[str, torch.Tensor]
+
+
+@dataclass
+class Round:
+    """What a step has to say at the end of a round.
+
+    Attributes:
+        class_weights: weights `(C,)` for the labelled sampler in the next round, or None to keep them.
+        logs: numbers, or lists of one number a class, on the round that ended.
+    """
+
+    class_weights: np.ndarray | None = None
+    logs: dict[str, Any] = field(default_factory=dict)
 
 
 class Step(Protocol):
@@ -22,8 +36,11 @@ class Step(Protocol):
         called `loss`.
         """
 
-    def end_round(self) -> np.ndarray | None:
-        """Class weights `(C,)` for the next pass over the labelled data, or None to keep them."""
+    def after_update(self) -> Logs:
+        """Act on the updated main model; returns more to log."""
+
+    def end_round(self) -> Round:
+        """Sum up a round of the labelled sampler, and start the next."""
 
     def state_dict(self) -> dict[str, Any]:
         """All state that decides the next step."""
@@ -32,7 +49,26 @@ class Step(Protocol):
         """Take over a saved state."""
 
 
-class SupervisedStep:
+class PlainStep:
+    """A step without state or feedback: the methods that such a one need not define."""
+
+    def after_update(self) -> Logs:
+        """Nothing to do."""
+        return {}
+
+    def end_round(self) -> Round:
+        """Nothing to feed back."""
+        return Round()
+
+    def state_dict(self) -> dict[str, Any]:
+        """There is none."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is none."""
+
+
+class SupervisedStep(PlainStep):
     """Cross-entropy on weak views of labelled faces.
 
     Args:
@@ -66,13 +102,3 @@ class SupervisedStep:
         backward(loss)
         accuracy = (logits.argmax(-1) == batch["labels"]).float().mean()
         return {"loss": loss.detach(), "accuracy": accuracy.detach()}
-
-    def end_round(self) -> None:
-        """Supervised learning has nothing to feed back."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """There is none."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is none."""

@@ -160,7 +160,7 @@ class Training:
             self.optimizer.zero_grad()
 
     def save(self, run, step, keep=2):
-        save_checkpoint(self.accelerator, run, {"step": step, "best": 0.5}, self.objects, keep)
+        save_checkpoint(self.accelerator, run, {"step": step, "best": 0.5}, self.objects, {}, keep)
 
     def weights(self):
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
@@ -192,7 +192,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(training, tmp_path):
 
     other = training()
     other.steps(1)
-    state = load_checkpoint(other.accelerator, find_checkpoint(tmp_path, "auto"), other.objects)
+    state = load_checkpoint(other.accelerator, find_checkpoint(tmp_path, "auto"), other.objects, {})
     assert state == {"step": 3, "best": 0.5}
     other.steps(4)  # dropout and inputs come from the random state that was saved
     assert torch.equal(other.weights(), whole.weights())
@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(training, tmp_path, name, spoil
     with pytest.raises(
         ValueError, match=rf"cannot resume from {folder}: .+; delete it to fall back to an earlier one"
     ):
-        load_checkpoint(ours.accelerator, folder, ours.objects)
+        load_checkpoint(ours.accelerator, folder, ours.objects, {})
 
 
 def test_a_checkpoint_of_another_kind_of_run(training, tmp_path):
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_kind_of_run(training, tmp_path):
     with pytest.raises(
         ValueError, match=r"it holds \['schedule'\], this run needs \['sampler', 'schedule'\]"
     ):
-        load_checkpoint(ours.accelerator, folder, {**ours.objects, "sampler": ours.schedule})
+        load_checkpoint(ours.accelerator, folder, {**ours.objects, "sampler": ours.schedule}, {})
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(training, tmp_path):

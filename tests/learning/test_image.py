@@ -6,7 +6,6 @@ import torch
 from transformers import CLIPImageProcessor, ViTImageProcessor
 
 from modeling_fer import CLASSES
-from modeling_fer.data import schema
 from modeling_fer.learning.arguments import FerTrainingArguments
 from modeling_fer.learning.image import (
     build_model,
@@ -14,7 +13,6 @@ from modeling_fer.learning.image import (
     choose_classes,
     condition_vit,
     freeze_unused,
-    labelled_rows,
     sincos_positions,
 )
 
@@ -23,20 +21,6 @@ TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_layers": 2, "
 
 def arguments(**options):
     return FerTrainingArguments(data="d", output_dir="o", **{**TINY, **options})
-
-
-def test_rows_with_a_label(prepared):
-    data = schema.load(prepared)
-    assert len(labelled_rows(data, "train", "d")) == 24
-    data["train"] = data["train"].map(
-        lambda row, i: {**row, "expression": -1 if i % 2 else row["expression"]}, with_indices=True
-    )
-    kept = labelled_rows(data, "train", "d")
-    assert kept["expression"][:] == data["train"]["expression"][::2]
-    with pytest.raises(ValueError, match=r"d has no test split \(it has train, validation, unlabeled\)"):
-        labelled_rows(data, "test", "d")
-    with pytest.raises(ValueError, match="d: no row of the unlabeled split has a label"):
-        labelled_rows(data, "unlabeled", "d")
 
 
 def test_which_classes_a_model_has():
