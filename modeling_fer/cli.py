@@ -20,6 +20,7 @@ from modeling_fer.data.prepare import prepare
 from modeling_fer.data.report import show
 from modeling_fer.data.sources import SOURCES
 from modeling_fer.data.tally import digest
+from modeling_fer.evaluation.comparison import compare, write_comparison
 from modeling_fer.evaluation.report import summary, write_report
 from modeling_fer.labels import CLASSES, IGNORE
 from modeling_fer.learning.inference import (
@@ -61,26 +62,37 @@ def resampling_groups(split: Dataset) -> tuple[np.ndarray | None, str]:
     return None, "images"
 
 
-def evaluate(args: argparse.Namespace) -> int:
-    """Evaluate a classifier on one split of a prepared data set."""
-    model, processor = load_classifier(args.model)
-    split = schema.load(args.data, args.split)[args.split]
-    references = np.asarray(split.with_format("numpy")["expression"][:])
+def predict_split(folder: str, split: Dataset, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities `(N, 8)` of a split by a model, and the pixels that it saw."""
+    model, processor = load_classifier(folder)
     pixels = decode_split(split, processor.size["height"], Path(args.data) / "cache")
     normalize = Normalize(processor.image_mean, processor.image_std)
-    probabilities = predict_probabilities(model, pixels, normalize, args.batch_size, show_progress=True)
+    found = predict_probabilities(model, pixels, normalize, args.batch_size, show_progress=True)
+    return over_all_classes(found, class_names(model)), pixels
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluate a classifier on one split of a prepared data set."""
+    split = schema.load(args.data, args.split)[args.split]
+    references = np.asarray(split.with_format("numpy")["expression"][:])
+    probabilities, pixels = predict_split(args.model, split, args)
     about = {"model": args.model, "data": args.data, "split": args.split}
-    probabilities = over_all_classes(probabilities, class_names(model))
     if args.drop_train_copies:
         train = schema.load(args.data, "train")["train"]
-        trained = set(map(digest, decode_split(train, processor.size["height"], Path(args.data) / "cache")))
+        trained = set(map(digest, decode_split(train, pixels.shape[-1], Path(args.data) / "cache")))
         copies = np.array([digest(face) in trained for face in pixels])
         references = np.where(copies, IGNORE, references)
         about["dropped"] = f"{copies.sum()} images whose pixels are also in train"
         print(about["dropped"])
     groups, unit = resampling_groups(split)
     metrics = write_report(Path(args.out), references, probabilities, CLASSES, about, groups, unit)
-    print(f"{args.model} on {args.split} of {args.data}\n{summary(metrics)}\nwritten: {args.out}")
+    print(f"{args.model} on {args.split} of {args.data}\n{summary(metrics)}")
+    if args.against:
+        first = predict_split(args.against, split, args)[0].argmax(-1)
+        result = compare(references, first, probabilities.argmax(-1), groups=groups)
+        print(f"from {args.against} to {args.model}, paired over {unit}:")
+        print(write_comparison(Path(args.out), result, (args.against, args.model)))
+    print(f"written: {args.out}")
     return 0
 
 
@@ -175,6 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluating.add_argument(
         "--drop-train-copies", action="store_true", help="leave out images that are also in the train split"
     )
+    evaluating.add_argument("--against", help="an earlier model, to say by how much this one is better")
     evaluating.add_argument("--batch-size", type=at_least_one, default=256)
     evaluating.set_defaults(run=evaluate)
 

@@ -4,11 +4,11 @@ import hashlib
 import logging
 import queue
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +26,7 @@ LABEL_COLUMN = "expression"
 OPEN_SHARDS = 8  # read in turn, a row of each; each holds one row group in memory
 READ_ROWS = 256  # turned into Python objects at a time
 THREADS = 4  # that decode
-PATIENCE = 10.0  # seconds to wait at most for the thread to stop: a read may hang on a dead network
+PATIENCE = 10.0  # seconds to wait at most for the thread to stop: it may hang on a dead network
 
 logger = logging.getLogger(__name__)
 
@@ -182,10 +182,9 @@ def _open(source: str) -> tuple[IterableDataset, list[str]]:
     if (folder := Path(source)).is_dir():
         for pattern in ("data/unlabeled-*.parquet", "*.parquet", "*.tar"):
             if files := sorted(str(file) for file in folder.glob(pattern)):
-                kind, options = "webdataset", {}
-                if pattern.endswith("parquet"):
-                    # By itself the reader takes the size of the first row group, and fails where that is 0.
-                    kind, options = "parquet", {"batch_size": READ_ROWS}
+                # By itself the parquet reader takes the size of the first row group; it fails at 0.
+                parquet = pattern.endswith("parquet")
+                kind, options = ("parquet", {"batch_size": READ_ROWS}) if parquet else ("webdataset", {})
                 try:
                     data = load_dataset(kind, data_files=files, split="train", streaming=True, **options)
                 except Exception as error:
@@ -289,12 +288,11 @@ def _batches(
     def work(item: tuple[str, dict[str, Any]]) -> np.ndarray | str:
         try:
             cell = item[1][shards.image]
-            if cell is None:
-                return "the row has no image"
-            return decode(
-                cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes(), size
-            )
-        except (OSError, TypeError, UnreadableImageError) as error:  # TypeError: neither bytes nor a path
+            data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+            return decode(data, size)
+        except TypeError:  # None in the row, or for both
+            return "the row has no image"
+        except (OSError, UnreadableImageError) as error:
             return _line(error)
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -365,21 +363,23 @@ class _Background:
     def _run(self, items: Iterator[Any]) -> None:
         try:
             for item in items:
-                self.queue.put(item)
+                self._put(item)
                 if self.stopped.is_set():
                     return
         except BaseException as error:  # whatever it is: the consumer would wait for ever
-            self.queue.put(error)
+            self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self.stopped.is_set():
+            with suppress(queue.Full):
+                self.queue.put(item, timeout=0.05)
+                break
 
     def stop(self) -> None:
         """End the thread; what it holds is lost."""
         self.stopped.set()
-        end = time.monotonic() + PATIENCE
-        while self.thread.is_alive() and time.monotonic() < end:
-            try:
-                self.queue.get(timeout=0.02)  # it may wait for room
-            except queue.Empty:
-                continue
+        if threading.current_thread() is not self.thread:  # as it is where a collection starts there
+            self.thread.join(PATIENCE)
 
 
 def _give_up(shard: str, error: Exception) -> NoReturn:

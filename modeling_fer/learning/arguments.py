@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,8 +221,10 @@ class FerTrainingArguments:
         for name in ("threshold_momentum", "debias_momentum", "teacher_ema", "finetune", "holdout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        if not self.sampler_bound >= 1:
-            raise ValueError(f"--sampler_bound must be at least 1 (none), got {self.sampler_bound}")
+        if not 1 <= self.sampler_bound < math.inf:
+            raise ValueError(
+                f"--sampler_bound must be a finite number, at least 1 (none), got {self.sampler_bound}"
+            )
         if self.method == "feedback" and self.accumulation_steps > 1:
             raise ValueError(
                 "--method feedback compares the student before and after a whole batch: "
@@ -232,6 +235,8 @@ class FerTrainingArguments:
                 raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
         if self.stage == "pretrain" and (self.encoder or self.lora_rank):
             raise ValueError("--stage pretrain trains a new ViT whole: leave out --encoder and --lora_rank")
+        if self.stage == "pretrain" and self.method != "supervised":
+            raise ValueError(f"--stage pretrain needs no labels: leave out --method {self.method}")
         if not self.encoder:
             size = self.image_size or 112
             if size % self.patch_size:

@@ -49,6 +49,7 @@ def use_cpu(threads: int, processes: int) -> None:
     """
     torch.set_num_threads(threads or max(1, cpu_cores() // processes))
     torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # else plain attention is done in float32
 
 
 def layer_depth(name: str, layers: int) -> int:

@@ -165,8 +165,8 @@ def choose(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
 def pretrain_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> Stage:
     """Set up masked autoencoding of every face of the train and unlabeled splits.
 
-    It is judged by the share of the variance of masked patches that is explained, on the validation splits (or
-    on faces held out, where there is none). Probes that use labels only report: they choose nothing.
+    It is judged by the share of the variance of masked patches that is explained, on the validation splits
+    (or on faces held out, where there is none). Probes that use labels only report: they choose nothing.
     """
     collection = Collection(arguments.data)
     model = build_autoencoder(arguments)

@@ -164,7 +164,7 @@ def test_a_strong_view_is_further_from_the_image_than_a_weak_one():
         apart = [(found - face).square().mean((1, 2, 3)) for face in (plain, plain.flip(3))]
         return torch.minimum(*apart).mean()
 
-    assert distance(strong_augmentation()) > 1.5 * distance(weak_augmentation())
+    assert distance(strong_augmentation()) > 1.3 * distance(weak_augmentation())
 
 
 @pytest.mark.parametrize("ranges", [WEAK, STRONG])

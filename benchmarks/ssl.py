@@ -1,0 +1,279 @@
+"""Semi-supervised learning on FER2013 with few or long-tailed labels: methods side by side, over seeds.
+
+For each protocol and seed a fixed list of training faces keeps its labels, the rest of Training is
+unlabelled; a slice of Training is set aside for choosing settings, PublicTest is reported. Every method has
+the same encoder, steps, batch and augmentation, and its last weights are what is reported.
+
+    fer data prepare fer2013 --csv fer2013.csv --rule fer2013 --drop-duplicates --out data/fer2013
+    accelerate launch train.py --config configs/pretrain_cpu.yaml
+    python -m benchmarks.ssl run --encoder runs/pretrain_cpu/model    # one or several such processes
+    python -m benchmarks.ssl table
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import math
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from accelerate import Accelerator
+from datasets import Dataset
+from matplotlib.figure import Figure
+
+import train
+from modeling_fer.data import schema
+from modeling_fer.data.augment import Normalize
+from modeling_fer.data.collection import expressions_of
+from modeling_fer.data.pixels import decode_split
+from modeling_fer.evaluation import plots
+from modeling_fer.evaluation.metrics import compute_metrics, write_whole
+from modeling_fer.labels import CLASSES
+from modeling_fer.learning.arguments import parse_arguments
+from modeling_fer.learning.inference import (
+    class_names,
+    load_classifier,
+    over_all_classes,
+    predict_probabilities,
+)
+
+RESULTS = Path(__file__).parent / "results"
+CONFIG = Path(__file__).parents[1] / "configs" / "ssl_cpu.yaml"
+SLICE = 2_000  # training faces set aside for choosing settings
+TAU = 0.5  # strength of debiasing
+HEAD, RATIO = 1_000, 50  # long tail: labels of the largest class, and how many times those of the smallest
+
+# What each method changes of the configuration. FixMatch and the rules draw labelled faces as they come; debias
+# and feedback draw them evenly over classes, which is the package's default.
+NATURAL, EVEN = {"sampling_alpha": 0.0}, {"sampling_alpha": 1.0}
+METHODS: dict[str, dict[str, Any]] = {
+    "supervised": {"method": "supervised", **NATURAL},
+    "pseudo-label": {"method": "fixmatch", "strong_augmentation": "weak", **NATURAL},
+    "FixMatch": {"method": "fixmatch", **NATURAL},
+    "FlexMatch": {"method": "fixmatch", "threshold_rule": "flex", **NATURAL},
+    "FreeMatch": {"method": "fixmatch", "threshold_rule": "free", **NATURAL},
+    "SoftMatch": {"method": "fixmatch", "threshold_rule": "soft", **NATURAL},
+    "FixMatch, balanced": {"method": "fixmatch", **EVEN},
+    "debias": {"method": "fixmatch", "debias_tau": TAU, **EVEN},
+    "feedback": {"method": "feedback", **EVEN},
+    "debias + feedback": {"method": "feedback", "debias_tau": TAU, **EVEN},
+    "debias + feedback + sampler feedback": {
+        "method": "feedback",
+        "debias_tau": TAU,
+        "sampler_bound": 3.0,
+        **EVEN,
+    },
+}
+PROTOCOLS = ("10", "25", "100", "250", "long tail")
+# Accuracy on FER2013 with a WideResNet, for orientation, by labels a class.
+PUBLISHED = {
+    "FixMatch": {"10": 47.88, "25": 49.90, "100": 59.46, "250": 62.20},
+    "mean teacher": {"10": 45.21, "25": 55.14, "100": 52.17, "250": 58.06},
+    "pseudo-label": {"10": 32.79, "25": 36.04, "100": 49.21, "250": 54.88},
+}
+BASELINES = ("FixMatch", "FixMatch, balanced")
+FIGURES = ("accuracy", "macro_f1", "worst_recall")
+
+
+def label_counts(protocol: str, sizes: np.ndarray) -> np.ndarray:
+    """How many faces of each class `(8,)` keep their label; classes without faces get 0.
+
+    The long tail falls geometrically from the largest class to the smallest, as natural counts rank them.
+    """
+    counts = np.zeros_like(sizes)
+    present = np.flatnonzero(sizes)
+    if protocol == "long tail":
+        ranked = present[np.argsort(-sizes[present], kind="stable")]
+        counts[ranked] = np.round(HEAD * RATIO ** (-np.arange(len(ranked)) / (len(ranked) - 1)))
+    else:
+        counts[present] = int(protocol)
+    return np.minimum(counts, sizes)
+
+
+def write_protocol(source: Path, protocol: str, seed: int, out: Path) -> None:
+    """Write the data set of one protocol and seed: train, unlabeled, validation (the slice), test."""
+    if out.exists():
+        return
+    data = schema.load(source)
+    labels = expressions_of(data["train"])
+    # The slice is the same for every protocol and seed: settings are chosen on it once.
+    fixed = np.random.default_rng(0).permutation(len(labels))
+    aside, rest = fixed[:SLICE], fixed[SLICE:]
+    counts = label_counts(protocol, np.bincount(labels[rest], minlength=len(CLASSES)))
+    order = rest[np.random.default_rng([seed, PROTOCOLS.index(protocol)]).permutation(len(rest))]
+    labelled = np.concatenate([order[labels[order] == c][:n] for c, n in enumerate(counts)])
+    unlabelled = np.setdiff1d(rest, labelled)
+    fresh = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(fresh, ignore_errors=True)
+    (fresh / "data").mkdir(parents=True)
+    splits: dict[str, Dataset] = {
+        "train": data["train"].select(np.sort(labelled)),
+        "unlabeled": data["train"].select(unlabelled),
+        "validation": data["train"].select(np.sort(aside)),
+        "test": data["validation"],
+    }
+    for split, rows in splits.items():
+        rows.to_parquet(str(fresh / "data" / f"{split}-00000-of-00001.parquet"))
+    fresh.rename(out)
+
+
+def score(model_folder: Path, data: Path, split: str) -> dict[str, Any]:
+    """Accuracy, macro F1 over the classes that occur, recall by class and its minimum."""
+    model, processor = load_classifier(model_folder)
+    rows = schema.load(data, split)[split]
+    references = expressions_of(rows)
+    pixels = decode_split(rows, processor.size["height"], data / "cache", show_progress=False)
+    normalize = Normalize(processor.image_mean, processor.image_std)
+    found = over_all_classes(predict_probabilities(model, pixels, normalize), class_names(model))
+    metrics = compute_metrics(references, found.argmax(-1), found, bootstrap_samples=0)
+    recall = {
+        CLASSES[c]: float((found.argmax(-1)[references == c] == c).mean()) for c in np.unique(references)
+    }
+    return {
+        "accuracy": metrics["accuracy"],
+        "macro_f1": metrics["macro_f1_present"],
+        "worst_recall": min(recall.values()),
+        "recall": recall,
+    }
+
+
+def run_one(
+    protocol: str, method: str, seed: int, encoder: str, source: Path, root: Path, extra: list[str]
+) -> None:
+    """Train and score one cell of the grid, unless it is done or another process is at it."""
+    name = f"{protocol}-{method}-{seed}".replace(" ", "_")
+    run = root / name
+    try:
+        run.mkdir(parents=True)
+    except FileExistsError:
+        return
+    data = root.parent / "ssl_data" / f"{protocol}-{seed}".replace(" ", "_")
+    data.parent.mkdir(parents=True, exist_ok=True)
+    write_protocol(source, protocol, seed, data)
+    settings = {**yaml.safe_load(CONFIG.read_text()), **METHODS[method]}
+    settings |= {"data": data, "output_dir": run / "run", "encoder": encoder, "seed": seed}
+    arguments = parse_arguments([f"--{k}={v}" for k, v in settings.items()] + extra)
+    train.train(arguments)
+    history = [json.loads(line) for line in (run / "run/history.jsonl").read_text().splitlines()]
+    rounds = [
+        {k.removeprefix("round/"): v for k, v in row.items() if k.startswith("round/")}
+        for row in history
+        if any(k.startswith("round/") for k in row)
+    ]
+    row: dict[str, Any] = {
+        "protocol": protocol,
+        "method": method,
+        "seed": seed,
+        "slice": score(run / "run/model", data, "validation"),
+        "PublicTest": score(run / "run/model", data, "test"),
+        "last_round": rounds[-1] if rounds else None,
+        "settings": {k: str(v) for k, v in settings.items() if k not in ("data", "output_dir", "encoder")},
+        "extra": extra,
+    }
+    write_whole(run / "result.json", (json.dumps(row, indent=1) + "\n").encode())
+    for folder in ("checkpoints", "logs"):
+        shutil.rmtree(run / "run" / folder, ignore_errors=True)
+    print(f"{name}: " + ", ".join(f"{key} {row['PublicTest'][key]:.3f}" for key in FIGURES), flush=True)
+    gc.collect()
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean, and the 95 % interval of the mean by Student's t over the seeds (up to 6)."""
+    if len(values) < 2:
+        return values[0], math.nan, math.nan
+    t = (12.706, 4.303, 3.182, 2.776, 2.571)[len(values) - 2]
+    half = t * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.mean(values)
+    return mean, mean - half, mean + half
+
+
+def tabulate(root: Path, name: str) -> None:
+    """Gather the results into JSON, a Markdown table, a figure, and the gains over FixMatch."""
+    rows = [json.loads(path.read_text()) for path in sorted(root.glob("*/result.json"))]
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["protocol"], row["method"]), []).append(row)
+    summary = []
+    for protocol, method in itertools.product(PROTOCOLS, METHODS):
+        if found := cells.get((protocol, method)):
+            entry: dict[str, Any] = {"protocol": protocol, "method": method, "seeds": len(found)}
+            for key in FIGURES:
+                values = [row["PublicTest"][key] for row in found]
+                spread = statistics.stdev(values) if len(values) > 1 else math.nan
+                entry[key] = {"mean": statistics.mean(values), "std": spread, "values": values}
+            summary.append(entry)
+    gains = []
+    for ((protocol, method), found), over in itertools.product(cells.items(), BASELINES):
+        base = {row["seed"]: row for row in cells.get((protocol, over), [])}
+        pairs = [(row, base[row["seed"]]) for row in found if row["seed"] in base and method != over]
+        if pairs:
+            gain: dict[str, Any] = {
+                key: interval([a["PublicTest"][key] - b["PublicTest"][key] for a, b in pairs])
+                for key in FIGURES
+            }
+            gains.append({"protocol": protocol, "method": method, "over": over, "seeds": len(pairs), **gain})
+    result = {"published_accuracy": PUBLISHED, "summary": summary, "gains": gains, "runs": rows}
+    write_whole(RESULTS / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
+    print("| protocol | method | seeds | accuracy | macro F1 | worst recall |\n|---|---|---|---|---|---|")
+    for entry in summary:
+        shown = " | ".join(f"{100 * entry[k]['mean']:.1f} ± {100 * entry[k]['std']:.1f}" for k in FIGURES)
+        print(f"| {entry['protocol']} | {entry['method']} | {entry['seeds']} | {shown} |")
+    for gain in gains:
+        shown = ", ".join(
+            f"{k} {100 * gain[k][0]:+.1f} ({100 * gain[k][1]:+.1f} to {100 * gain[k][2]:+.1f})"
+            for k in FIGURES
+        )
+        print(f"{gain['protocol']}: {gain['method']} over {gain['over']}: {shown}")
+    plots.save(comparison_figure(summary), RESULTS / f"{name}.png")
+
+
+def comparison_figure(summary: list[dict[str, Any]]) -> Figure:
+    """One panel a protocol: macro F1 and worst recall of each method, mean and deviation over seeds."""
+    protocols = [p for p in PROTOCOLS if any(entry["protocol"] == p for entry in summary)]
+    figure = Figure(figsize=(4.4 * len(protocols) + 2, 3.6), layout="constrained")
+    for axes, protocol in zip(
+        figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0], protocols, strict=True
+    ):
+        entries = [entry for entry in summary if entry["protocol"] == protocol]
+        places = np.arange(len(entries))
+        for offset, key, colour in ((-0.18, "macro_f1", plots.BLUE), (0.18, "worst_recall", plots.ORANGE)):
+            means = [100 * entry[key]["mean"] for entry in entries]
+            errors = [100 * entry[key]["std"] for entry in entries]
+            axes.barh(places + offset, means, 0.34, xerr=errors, color=colour, label=key.replace("_", " "))
+        axes.set_yticks(places, [entry["method"] for entry in entries])
+        axes.set_title(protocol if protocol == "long tail" else f"{protocol} labels a class")
+        axes.set_xlabel("PublicTest, %")
+    figure.axes[0].invert_yaxis()
+    figure.axes[0].legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def main() -> None:
+    """Run cells of the grid, or gather them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("--data", type=Path, default=Path("data/fer2013"))
+    parser.add_argument("--encoder", default="runs/pretrain_cpu/model")
+    parser.add_argument("--protocols", nargs="+", default=["25", "250", "long tail"], choices=PROTOCOLS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/ssl"))
+    parser.add_argument("--name", default="ssl_cpu", help="of the JSON and the figure")
+    args, extra = parser.parse_known_args()
+    if args.action == "table":
+        tabulate(args.runs, args.name)
+        return
+    Accelerator()
+    for seed, protocol, method in itertools.product(args.seeds, args.protocols, args.methods):
+        run_one(protocol, method, seed, args.encoder, args.data, args.runs, extra)
+
+
+if __name__ == "__main__":
+    main()
