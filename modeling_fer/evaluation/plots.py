@@ -164,7 +164,7 @@ def _curve(history: Sequence[Mapping[str, Any]], name: str) -> Curve:
 
 
 def _scores(history: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
-    """Curves by label: those of `SCORES`, or else all validation numbers, in the order in which they appear."""
+    """Curves by label: those of `SCORES`, or else all validation numbers in order of appearance."""
     names = SCORES
     if not any(name in row for row in history for name in SCORES):
         found = dict.fromkeys(name for row in history for name in row if name.startswith("validation/"))
@@ -214,7 +214,8 @@ def _draw_scores(axes: Axes, scores: Mapping[str, Curve]) -> None:
         axes.annotate(f"best {value:.3f}", (step, value), color=ORANGE, weight="bold", **offset)
     drawn = [value for _, values in scores.values() for value in values if math.isfinite(value)]
     axes.set_ylabel("Validation score")
-    axes.set_ylim(min([0, *drawn]), max([1, *drawn]))
+    lowest = min([0, *drawn])
+    axes.set_ylim(lowest - 0.15 * (lowest < 0), max([1, *drawn]))  # room for words below a negative best
     axes.legend(loc="lower right", frameon=False)
     _tidy(axes)
 

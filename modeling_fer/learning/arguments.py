@@ -235,6 +235,10 @@ class FerTrainingArguments:
                 raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
         if self.stage == "pretrain" and (self.encoder or self.lora_rank):
             raise ValueError("--stage pretrain trains a new ViT whole: leave out --encoder and --lora_rank")
+        if self.stage == "pretrain" and (self.method != "supervised" or self.layer_decay != 1):
+            raise ValueError(
+                "--method and --layer_decay are for stage image: leave them out of --stage pretrain"
+            )
         if self.stage == "pretrain" and self.method != "supervised":
             raise ValueError(f"--stage pretrain needs no labels: leave out --method {self.method}")
         if not self.encoder:

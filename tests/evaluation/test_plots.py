@@ -10,6 +10,7 @@ from modeling_fer.evaluation import plots
 from modeling_fer.evaluation.metrics import reliability_bins
 from modeling_fer.evaluation.plots import (
     confusion_matrix_figure,
+    image_rows_figure,
     learning_curve_figure,
     reliability_figure,
     save,
@@ -92,12 +93,56 @@ def test_learning_curve_with_parts_missing_repeated_or_not_finite():
         learning_curve_figure([])
 
 
+def test_learning_curve_without_a_classifier_shows_what_validation_found():
+    """A run of masked autoencoding, as train.py writes it: below 0 at first, and two probes."""
+    found = {"explained_variance": (-0.4, 0.3, 0.2), "linear_probe": (0.2, 0.4, 0.5), "knn_probe": (0.1,) * 3}
+    rows = [{"step": step, "loss": 1.0} for step in range(1, 4)]
+    rows += [
+        {"step": i + 1, **{f"validation/{name}": values[i] for name, values in found.items()}}
+        for i in range(3)
+    ]
+    figure = learning_curve_figure(rows)
+    drawn = curves(figure)
+    assert set(drawn) == {"training loss", "explained variance", "linear probe", "knn probe"}
+    assert drawn["explained variance"] == ([1, 2, 3], [-0.4, 0.3, 0.2])
+    assert "best 0.300" in words(figure)
+    below = figure.axes[-1]
+    assert {line.get_label() for line in below.get_lines()} >= {"explained variance", "linear probe"}
+    assert below.get_ylim()[0] < -0.4
+    assert below.get_ylim()[1] == 1
+    assert len({line.get_color() for line in below.get_lines() if not line.get_label().startswith("_")}) == 3
+
+
+def test_learning_curve_of_a_classifier_shows_its_scores_alone():
+    both = [{"step": 1, "validation/accuracy": 0.5, "validation/nll": 2.0}]
+    figure = learning_curve_figure(both)
+    assert set(curves(figure)) == {"accuracy"}
+    assert figure.axes[-1].get_ylim() == (0, 1)
+
+
+def test_image_rows_show_each_image_in_its_place():
+    rng = np.random.default_rng([0])
+    rows = {name: rng.integers(0, 256, (4, 3, 5, 6), dtype=np.uint8) for name in ("seen", "filled")}
+    figure = image_rows_figure(rows)
+    shown = [axes.get_images()[0].get_array() for axes in figure.axes]
+    assert len(shown) == 8
+    for image, expected in zip(shown, [*rows["seen"], *rows["filled"]], strict=True):
+        assert np.array_equal(image, expected.transpose(1, 2, 0))
+    assert {"seen", "filled"} <= words(figure)
+    assert len(image_rows_figure({"one": rows["seen"][:1]}).axes) == 1
+    with pytest.raises(ValueError, match="shorter"):
+        image_rows_figure({"seen": rows["seen"], "filled": rows["filled"][:3]})
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: confusion_matrix_figure(np.eye(8, dtype=int) * 5),
         lambda: reliability_figure(reliability_bins([0, 1], [[0.9, 0.1], [0.6, 0.4]])),
         lambda: learning_curve_figure(HISTORY),
+        lambda: image_rows_figure(
+            {name: np.arange(96).astype(np.uint8).reshape(2, 3, 4, 4) for name in "abc"}
+        ),
     ],
 )
 def test_saved_files_are_png_and_repeatable(make, tmp_path):
