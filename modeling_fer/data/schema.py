@@ -91,7 +91,8 @@ def load(path: str | Path, split: str | None = None) -> DatasetDict:
         if missing := [name for name in FEATURES if name not in columns]:
             raise ValueError(f"{file} lacks {', '.join(missing)}: {again}")
     try:
-        return load_dataset("parquet", data_files=files, features=FEATURES)
+        # Files of pseudo-labels have columns of their own besides these.
+        return load_dataset("parquet", data_files=files, features=FEATURES, columns=list(FEATURES))
     except DatasetGenerationError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno is not None:  # a full disk, say: the data may be whole

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from modeling_fer.data.sampling import DebiasFeedbackSampler, class_quotas
+from modeling_fer.data.sampling import DebiasFeedbackSampler, class_quotas, feedback_weights
 
 PINNED_EPOCH_0 = [0, 6, 6, 2, 4, 5, 1, 4]
 PINNED_EPOCH_1 = [6, 5, 3, 0, 2, 5, 6, 4]
@@ -159,3 +159,74 @@ def test_bad_arguments_are_told(labels, classes, options, message):
 def test_bad_weights_are_told(weights):
     with pytest.raises(ValueError, match="3 positive finite class weights"):
         DebiasFeedbackSampler(LONG_TAIL, 3, batch_size=2).set_class_weights(weights)
+
+
+def test_a_round_may_have_any_number_of_batches():
+    sampler = DebiasFeedbackSampler(LONG_TAIL, 3, batch_size=30, round_batches=7)
+    assert (sampler.batches_per_pass, sampler.batches_per_epoch, len(sampler)) == (4, 7, 210)
+    assert np.bincount(np.array(LONG_TAIL)[list(sampler)]).tolist() == [70, 70, 70]
+    assert [sampler.advance() for _ in range(14)] == [False] * 6 + [True] + [False] * 6 + [True]
+    assert sampler.epoch == 2
+
+
+def test_short_rounds_go_on_where_the_last_stopped():
+    sampler = DebiasFeedbackSampler(LONG_TAIL[:94], 3, batch_size=9, alpha=1, round_batches=1)
+    indices = np.array([i for batch in draw(sampler, 20) for i in batch])  # 20 rounds of 3 a class
+    first = indices[np.array(LONG_TAIL)[indices] == 0]
+    assert len(first) == len(set(first)) == 60
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shares=st.lists(st.floats(0, 1), min_size=2, max_size=8).filter(lambda s: sum(s) > 0.01),
+    known=st.booleans(),
+    bound=st.floats(1, 20),
+    data=st.data(),
+)
+def test_feedback_stays_within_its_bounds_and_follows_the_classes(shares, known, bound, data):
+    shares = np.array(shares) / np.sum(shares)
+    count = len(shares)
+    recall = np.array(data.draw(st.lists(st.floats(0, 1), min_size=count, max_size=count))) if known else None
+    weights = feedback_weights(shares, recall, bound)
+    assert weights.sum() == pytest.approx(1, abs=1e-12)
+    assert (weights * count <= bound * (1 + 1e-9)).all()
+    assert (weights * count >= 1 / bound * (1 - 1e-9)).all()
+    order = np.array(data.draw(st.permutations(range(count))))
+    permuted = feedback_weights(shares[order], None if recall is None else recall[order], bound)
+    assert np.allclose(permuted, weights[order], rtol=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shares=st.lists(st.floats(0.01, 1), min_size=2, max_size=8),
+    bound=st.floats(1.01, 20),
+    factor=st.floats(1.01, 50),
+)
+def test_a_class_with_more_pseudo_labels_or_recall_is_drawn_less(shares, bound, factor):
+    shares = np.array(shares) / np.sum(shares)
+    more = np.append(shares[0] * factor, shares[1:])
+    weights = feedback_weights(shares, None, bound)
+    # Shares sum to 1: the others' fall, and rise again to the floor where they are tiny.
+    assert feedback_weights(more / more.sum(), None, bound)[0] <= weights[0] * (1 + 1e-9)
+    before, after = (feedback_weights(shares, np.minimum(r, 1), bound) for r in (shares, more))
+    assert after[0] <= before[0] * (1 + 1e-9)
+    assert (after[1:] >= before[1:] * (1 - 1e-9)).all()
+    assert (np.diff(weights[np.argsort(shares)]) <= 1e-9).all()
+
+
+def test_feedback_goes_half_of_the_way():
+    weights = feedback_weights(np.array([0.64, 0.16, 0.16, 0.04]), None, 10.0)
+    assert np.allclose(weights / weights[0], [1, 2, 2, 4])
+    weights = feedback_weights(np.full(4, 0.25), np.array([1, 0.25, 0, 0.25]), 20.0)
+    assert np.allclose(weights / weights[0], [1, 2, 10, 2]), "recall of none counts as a hundredth"
+
+
+def test_feedback_without_a_lean_or_a_leeway_is_uniform():
+    assert np.allclose(feedback_weights(np.full(8, 1 / 8), np.full(8, 0.3), 3.0), 1 / 8, rtol=1e-12)
+    assert np.array_equal(feedback_weights(np.array([0.9, 0.1, 0, 0]), None, 1.0), np.full(4, 0.25))
+
+
+@pytest.mark.parametrize("bound", [0.5, 0, -3, np.nan])
+def test_a_bound_below_one_is_told(bound):
+    with pytest.raises(ValueError, match="bound of at least 1, got"):
+        feedback_weights(np.full(2, 0.5), None, bound)

@@ -100,7 +100,7 @@ def test_a_value_of_the_wrong_type_stops_the_command(config, capsys):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("stage", "audio"), ("classes", "some"), ("augmentation", "strong"), ("precision", "fp8"),
+        ("stage", "audio"), ("classes", "some"), ("augmentation", "heavy"), ("precision", "fp8"),
         ("precision", "fp16"), ("tracker", "paper"), ("data", ""), ("output_dir", ""), ("batch_size", 0),
         ("accumulation_steps", 0), ("eval_steps", -1), ("eval_batch_size", 0), ("save_steps", 0),
         ("log_steps", 0), ("keep_checkpoints", 0), ("patch_size", 0), ("num_layers", -1), ("max_steps", -1),
@@ -108,13 +108,45 @@ def test_a_value_of_the_wrong_type_stops_the_command(config, capsys):
         ("warmup", 1.01), ("sampling_alpha", -0.5), ("image_size", -1), ("lora_rank", -4), ("seed", -1),
         ("weight_decay", -1), ("max_grad_norm", -1), ("learning_rate", 0), ("learning_rate", -1e-3),
         ("epochs", float("nan")), ("learning_rate", float("nan")), ("dropout", float("nan")),
-        ("weight_decay", float("nan")),
+        ("weight_decay", float("nan")), ("method", "noisy"), ("strong_augmentation", "crop"), ("mu", 0),
+        ("lambda_u", -0.1), ("lambda_u", float("nan")), ("threshold_rule", "loose"), ("threshold", 1.1),
+        ("threshold", -0.1), ("threshold_momentum", 1), ("debias_tau", -1), ("debias_momentum", 1),
+        ("debias_momentum", -0.1), ("align", "natural"), ("gate", "door"), ("gate_quantile", 1.5),
+        ("teacher_ema", 1), ("feedback_weight", -1), ("finetune", 1), ("finetune", -0.1),
+        ("sampler_bound", 0.9), ("sampler_bound", 0), ("sampler_bound", float("nan")),
+        ("sampler_bound", float("inf")), ("holdout", 1), ("holdout", -0.1), ("round_steps", -1),
+        ("stream_memory", 0), ("mask_ratio", 0), ("mask_ratio", 1.1), ("layer_decay", 0),
+        ("decoder_layers", 0), ("decoder_hidden_size", 0),
     ],
 )  # fmt: skip
 def test_values_out_of_range_name_their_flag(name, value):
     values = {"data": "d", "output_dir": "o", name: value}
     with pytest.raises(ValueError, match=f"--{name}"):
         FerTrainingArguments(**values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "feedback", "accumulation_steps": 2}, "use --accumulation_steps 1"),
+        ({"stage": "pretrain", "method": "fixmatch"}, "leave out --method fixmatch"),
+        ({"stage": "pretrain", "encoder": "e"}, "leave out --encoder"),
+        ({"augmentation": "none", "erasing": 0.5}, "--erasing 0.5 needs --augmentation"),
+    ],
+)
+def test_what_does_not_go_together_is_told(options, message):
+    with pytest.raises(ValueError, match=message):
+        FerTrainingArguments(data="d", output_dir="o", **options)
+
+
+def test_repeated_data_and_commas_and_the_file_are_the_same(config):
+    once = parse_arguments(["--data", "labelled=A,pseudo=B,unlabelled=C", "--output_dir", "o"])
+    assert once.data == "labelled=A,pseudo=B,unlabelled=C"
+    repeated = ["--data", "labelled=A", "--output_dir", "o", "--data=pseudo=B", "--data", "unlabelled=C"]
+    assert parse_arguments(repeated) == once
+    assert parse_arguments(config("data: labelled=A,pseudo=B,unlabelled=C\noutput_dir: o\n")) == once
+    file = config("data: from_file\noutput_dir: o\n")
+    assert parse_arguments([*file, *repeated]) == once, "the command line wins, and does not add"
 
 
 def test_the_saved_arguments_are_read_back(tmp_path):
