@@ -48,8 +48,8 @@ SLICE = 2_000  # training faces set aside for choosing settings
 TAU = 0.5  # strength of debiasing
 HEAD, RATIO = 1_000, 50  # long tail: labels of the largest class, and how many times those of the smallest
 
-# What each method changes of the configuration. FixMatch and the rules draw labelled faces as they come; debias
-# and feedback draw them evenly over classes, which is the package's default.
+# What each method changes of the configuration. FixMatch and the rules draw labelled faces as they come;
+# debias and feedback draw them evenly over classes, which is the package's default.
 NATURAL, EVEN = {"sampling_alpha": 0.0}, {"sampling_alpha": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
     "supervised": {"method": "supervised", **NATURAL},

@@ -21,6 +21,8 @@ from modeling_fer.data import schema
 from modeling_fer.learning.arguments import FREE_ON_RESUME, parse_arguments
 
 ROOT = Path(__file__).parents[1]
+# Not accelerate's launcher: on CPUs it starts one process, whatever the number that is asked for.
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 STEPS = 12
 TINY = {
     "image_size": 16,
@@ -162,24 +164,19 @@ def test_accumulated_steps_see_the_same_examples(finished, prepared, tmp_path):
 def test_two_processes_see_what_one_sees(prepared, tmp_path):
     """Same examples in each step, so the same losses and weights but for the order of sums."""
     options = {"augmentation": "none", "erasing": 0, "dropout": 0, "precision": "no", "max_steps": 6}
-    launcher = (
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        "--cpu",
-        "--num_machines",
-        "1",
-    )
     run(prepared, tmp_path / "one", **options)
-    run(prepared, tmp_path / "two", launcher=(*launcher, "--main_process_port", "0"), **options)
+    run(prepared, tmp_path / "two", launcher=TWO_PROCESSES, **options)
+    assert (tmp_path / "two/checkpoints/step_00000006/own_1.pt").exists(), "one process only"
     rows = [history(tmp_path / name) for name in ("one", "two")]
     for a, b in zip(*rows, strict=True):
         assert a.keys() == b.keys()
         assert all(a[key] == pytest.approx(b[key], abs=2e-5) for key in a)
     a, b = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
-    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+    # The loss does not depend on the keys' bias: its gradient is rounding, which Adam blows up.
+    gaps = {key: (a[key] - b[key]).abs().max().item() for key in a}
+    far = {key: gap for key, gap in gaps.items() if gap > 1e-5}
+    assert all(key.endswith(("key.bias", "k_proj.bias")) for key in far), far
+    assert max(gaps.values()) < 1e-3, far
 
 
 def test_lora_run_publishes_merged_weights_and_the_adapter_apart(prepared, checkpoint, tmp_path):

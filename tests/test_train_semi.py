@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import ROOT, STEPS, assert_equal, command, environment, history
 
 from modeling_fer.data import schema
 from modeling_fer.learning.arguments import FREE_ON_RESUME
-from runs import run_here
+from tests.runs import run_here
+from tests.test_train import ROOT, STEPS, TWO_PROCESSES, assert_equal, command, environment, history
 
 LAST = f"checkpoints/step_{STEPS:08d}"
 COMMON = {
@@ -201,11 +201,8 @@ def test_two_processes_learn_what_one_learns(prepared, shards, tmp_path):
     for one, _ in runs.values():
         run_here(one)
     (tmp_path / "script.py").write_text(SCRIPT)
-    # The environment says that it is CPUs: with --cpu, accelerate starts one process, whatever the number.
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
-    launcher += ["--num_machines", "1", "--main_process_port", "0"]
     done = subprocess.run(
-        [*launcher, str(tmp_path / "script.py"), json.dumps([two for _, two in runs.values()])],
+        [*TWO_PROCESSES, str(tmp_path / "script.py"), json.dumps([two for _, two in runs.values()])],
         env={**environment(), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -17,7 +17,9 @@ def folders(prepared, monkeypatch):
 
 
 def unlabel(rows, keep):
-    return rows.map(lambda row, i: {**row, "expression": row["expression"] if keep(i) else -1}, with_indices=True)
+    return rows.map(
+        lambda row, i: {**row, "expression": row["expression"] if keep(i) else -1}, with_indices=True
+    )
 
 
 def test_roles_of_folders():

@@ -1,0 +1,344 @@
+"""Offline pseudo-labelling through its front door: sources, kills, processes, joining, rounds."""
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from safetensors.torch import load_file, save_file
+
+import pseudo_label
+from modeling_fer.data import schema
+from modeling_fer.data.images import content_hash
+from modeling_fer.data.pseudo import Job
+from modeling_fer.learning.inference import load_classifier
+from tests.conftest import picture
+
+ROOT = Path(__file__).parents[1]
+COUNT, BAD = 90, 4
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """Leave signals as they are, and the threads of the tests' own process too."""
+    monkeypatch.setattr(pseudo_label.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(pseudo_label, "cpu_cores", lambda: 1)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """Return a tree of images with some that cannot be read among them."""
+    root = tmp_path_factory.mktemp("faces") / "tree"
+    for i in range(COUNT):
+        path = root / str(i % 3) / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i % 8, i).save(path)
+    whole = (root / "0/000.png").read_bytes()
+    for name, content in {
+        "0/005-cut.png": whole[:90],
+        "1/x.jpg": b"",
+        "2/a.png": b"text",
+        "2/b.webp": b"RIFF",
+    }.items():
+        (root / name).write_bytes(content)
+    return root
+
+
+def command(*args, launcher=(sys.executable,), **options):
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return [*launcher, str(ROOT / "pseudo_label.py"), *args, *flags]
+
+
+def environment():
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def label(**options):
+    pseudo_label.main(command("label", **{"precision": "no", "batch_size": 8, **options})[2:])
+
+
+def rows(out):
+    """Return all rows by unit and number, with what is exact and what is a number apart."""
+    job = Job(out)
+    found = {}
+    for unit in range(len(job.units)):
+        for row in job.read_labels(unit).to_pylist():
+            key = unit, row.pop("row")
+            assert key not in found, "no row is there twice"
+            found[key] = row
+    return found
+
+
+def assert_same(a, b, atol=0.0):
+    assert a.keys() == b.keys()
+    for key, row in a.items():
+        for name, value in row.items():
+            if isinstance(value, (float, list)):
+                assert np.allclose(value, b[key][name], rtol=0, atol=atol), (key, name)
+            else:
+                assert value == b[key][name], (key, name)
+
+
+@pytest.fixture(scope="module")
+def finished(faces, checkpoint, tmp_path_factory):
+    """Return an uninterrupted job of one process."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    options = {
+        "model": checkpoint,
+        "images": faces,
+        "out": out,
+        "unit_rows": 2,
+        "precision": "no",
+        "batch_size": 8,
+    }
+    subprocess.run(command("label", **options), env=environment(), check=True, timeout=300)
+    return out
+
+
+def test_labels_are_the_models_mean_over_both_views(finished, faces, checkpoint):
+    model, processor = load_classifier(checkpoint)
+    found = rows(finished)
+    assert len(found) == COUNT
+    for row in list(found.values())[::9]:
+        data = (faces / row["file"]).read_bytes()
+        assert row["content_hash"] == content_hash(data)
+        image = schema.Image().decode_example({"bytes": data, "path": None}).convert("RGB")
+        pixels = processor(image, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            p = torch.stack([model(pixel_values=x).logits.softmax(-1)[0] for x in (pixels, pixels.flip(-1))])
+        assert np.allclose(row["probabilities"], p.mean(0), atol=1e-5)
+        assert row["raw_label"] == p.mean(0).argmax()
+        assert row["agreement"] == pytest.approx(1 - (p[0] - p[1]).abs().sum().item() / 2, abs=1e-5)
+
+
+def test_unreadable_images_cost_a_line_each(finished):
+    lines = [json.loads(line) for line in (finished / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(line["file"] for line in lines) == ["0/005-cut.png", "1/x.jpg", "2/a.png", "2/b.webp"]
+    assert all(line["reason"] for line in lines)
+
+
+def kill_and_resume(finished, faces, checkpoint, out, kills, seed):
+    options = {
+        "model": checkpoint,
+        "images": faces,
+        "out": out,
+        "unit_rows": 2,
+        "precision": "no",
+        "batch_size": 8,
+    }
+    units = len(Job(finished).units)
+    for step in sorted(random.Random(seed).sample(range(units * 3 // 4), kills)):
+        process = subprocess.Popen(
+            command("label", **options),
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if len([*out.glob("labels/*.parquet")]) > step or (out / f"claims/unit-{step:06d}").exists():
+                break
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it must have been killed in the middle"
+        assert Job(out).unfinished()
+    subprocess.run(command("label", **options), env=environment(), check=True, timeout=300)
+    assert_same(rows(finished), rows(out))
+    assert (out / "skipped.jsonl").read_bytes() == (finished / "skipped.jsonl").read_bytes()
+    assert not [*(out / "partial").iterdir(), *(out / "claims").iterdir()]
+
+
+def test_killed_at_random_it_ends_with_the_same_rows(finished, faces, checkpoint, tmp_path):
+    kill_and_resume(finished, faces, checkpoint, tmp_path / "out", kills=3, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_it_ends_with_the_same_rows(finished, faces, checkpoint, tmp_path):
+    kill_and_resume(finished, faces, checkpoint, tmp_path / "out", kills=10, seed=1)
+
+
+def test_two_processes_agree_with_one(finished, faces, checkpoint, tmp_path):
+    launch = "-m accelerate.commands.launch --num_processes 2 --cpu --num_machines 1 --main_process_port 0"
+    options = {
+        "model": checkpoint,
+        "images": faces,
+        "out": tmp_path / "out",
+        "unit_rows": 2,
+        "precision": "no",
+    }
+    done = subprocess.run(
+        command("label", launcher=(sys.executable, *launch.split()), batch_size=8, **options),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(rows(finished), rows(tmp_path / "out"), atol=1e-6)
+    assert (tmp_path / "out/skipped.jsonl").read_bytes() == (finished / "skipped.jsonl").read_bytes()
+
+
+def test_a_rerun_does_nothing_and_a_lost_unit_is_made_again(finished, faces, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    Job(out).labels_path(3).unlink()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("labels/*.parquet")}
+    label(model=checkpoint, images=faces, out=out, unit_rows=2)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert_same(rows(finished), rows(out), atol=1e-6)
+
+
+def test_precision_is_that_of_the_job(faces, checkpoint, tmp_path):
+    some = tmp_path / "some"
+    shutil.copytree(faces / "0", some)
+    options = {"model": checkpoint, "images": some, "out": tmp_path / "out", "unit_rows": 20}
+    label(**options, precision="bf16")
+    Job(tmp_path / "out").labels_path(0).unlink()
+    with pytest.raises(SystemExit, match="precision: bf16 -> no"):
+        label(**options, precision="no")
+    label(**options, precision="auto")
+    assert not Job(tmp_path / "out").unfinished()
+
+
+def test_another_model_or_source_is_refused(finished, faces, checkpoint, tmp_path):
+    other = tmp_path / "model"
+    shutil.copytree(checkpoint, other)
+    weights = load_file(other / "model.safetensors")
+    weights["classifier.bias"] = weights["classifier.bias"] + 1e-3
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    for options, message in (
+        ({"model": other}, "model_revision: [0-9a-f]{32} -> [0-9a-f]{32}"),
+        ({"images": faces / "0"}, "root: "),
+        ({"unit_rows": 3}, "unit_rows: 2 -> 3"),
+        ({"images": tmp_path / "none"}, "no such file or folder"),
+        ({"model": tmp_path / "none"}, "no model folder"),
+        ({"unit_rows": 0}, "--unit_rows must be at least 1"),
+    ):
+        with pytest.raises(SystemExit, match=f"^pseudo_label.py: .*{message}"):
+            label(**{"model": checkpoint, "images": faces, "out": finished, "unit_rows": 2, **options})
+    shutil.copytree(checkpoint, tmp_path / "moved")
+    label(model=tmp_path / "moved", images=faces, out=finished, unit_rows=2)
+
+
+def test_every_kind_of_source_gives_the_same_labels(finished, faces, checkpoint, tmp_path):
+    paths = sorted(path for path in faces.rglob("*") if path.is_file())
+    data = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    (tmp_path / "tars").mkdir()
+    for number, half in enumerate((paths[:50], paths[50:])):
+        with tarfile.open(tmp_path / f"tars/{number}.tar", "w") as tar:
+            for path in half:
+                info = tarfile.TarInfo(path.name)
+                info.size = path.stat().st_size
+                tar.addfile(info, io.BytesIO(path.read_bytes()))
+    table = Dataset.from_dict({"image": data})
+    (tmp_path / "parquets").mkdir()
+    table.to_parquet(tmp_path / "parquets/all.parquet", batch_size=16)
+    examples = [
+        {
+            "image": cell,
+            "expression": -1,
+            "soft_label": None,
+            "source": "x",
+            "subject": None,
+            "video": None,
+            "frame": 0,
+        }
+        for cell in data
+    ]
+    (tmp_path / "prepared/data").mkdir(parents=True)
+    Dataset.from_list(examples).to_parquet(tmp_path / "prepared/data/unlabeled-00000-of-00001.parquet")
+
+    def by_content(out):
+        return {row["content_hash"]: (row["raw_label"], row["probabilities"]) for row in rows(out).values()}
+
+    expected = by_content(finished)
+    for kind in ("tars", "parquets", "prepared", "hub"):
+        images = f"hub:{tmp_path / 'parquets'}" if kind == "hub" else tmp_path / kind
+        split = "train" if kind == "hub" else "unlabeled"
+        label(model=checkpoint, images=images, split=split, out=tmp_path / "out" / kind, unit_rows=16)
+        found = by_content(tmp_path / "out" / kind)
+        assert found.keys() == expected.keys()
+        for key, (raw, p) in found.items():
+            assert raw == expected[key][0]
+            assert np.allclose(p, expected[key][1], atol=1e-5)
+        skipped = (tmp_path / "out" / kind / "skipped.jsonl").read_text().splitlines()
+        assert len(skipped) == BAD
+        assert "005-cut.png" in "".join(skipped)
+
+
+def test_selected_faces_train_like_any_others(finished, prepared, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    pseudo_label.main(
+        ["select", "--out", str(out), "--rule", "quota", "--quota", "5", "--against", str(prepared)]
+    )
+    assert "90 images labelled" in capsys.readouterr().out
+    data = schema.load(out)["pseudo"]
+    labels = np.array(data["expression"][:])
+    assert 0 < np.bincount(labels).max() <= 5
+    assert (np.array(data["soft_label"][:]).argmax(1) == labels).all()
+    with pytest.raises(SystemExit, match="--rule must be one of threshold, quota"):
+        pseudo_label.main(["select", "--out", str(out), "--rule", "best"])
+
+
+def test_rounds_label_select_and_train_in_turn(faces, checkpoint, prepared, tmp_path, monkeypatch):
+    out, seen = tmp_path / "rounds", []
+
+    def run(command, check):
+        assert check
+        script, args = Path(command[1]).name, command[2:]
+        pairs = args[1:] if script == "pseudo_label.py" else args
+        given = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        seen.append((script, args[0], given))
+        if script == "pseudo_label.py":
+            pseudo_label.main(args)
+        else:  # what train.py would leave: another model
+            model = Path(given["--output_dir"]) / "model"
+            shutil.copytree(checkpoint, model)
+            weights = load_file(model / "model.safetensors")
+            save_file(
+                {k: v * (1 + len(seen) / 50) for k, v in weights.items()},
+                model / "model.safetensors",
+                {"format": "pt"},
+            )
+
+    monkeypatch.setattr(pseudo_label.subprocess, "run", run)
+    options = {
+        "model": checkpoint,
+        "images": faces,
+        "out": out,
+        "unit_rows": 40,
+        "precision": "no",
+        "rounds": 2,
+    }
+    more = {"labelled": prepared, "config": "configs/x.yaml", "rule": "quota", "quota": 4}
+    pseudo_label.main(command("rounds", **options, **more)[2:])
+    assert [(script, first) for script, first, _ in seen] == [
+        ("pseudo_label.py", "label"),
+        ("pseudo_label.py", "select"),
+        ("train.py", "--config"),
+    ] * 2
+    assert seen[0][2]["--model"] == str(checkpoint)
+    assert seen[1][2]["--against"] == str(prepared)
+    assert seen[2][2]["--data"] == f"labelled={prepared},pseudo={out}/round-1"
+    assert seen[2][2]["--resume"] == "auto"
+    assert seen[3][2]["--model"] == f"{out}/round-1/run/model"
+    revisions = {
+        load_dataset("parquet", data_files=f"{out}/round-{i}/data/*.parquet", split="train")[
+            "model_revision"
+        ][0]
+        for i in (1, 2)
+    }
+    assert len(revisions) == 2
