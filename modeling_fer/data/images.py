@@ -31,8 +31,9 @@ import pyarrow.parquet as pq
 from datasets import Image as ImageFeature
 from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi
+from PIL import Image
 
-from modeling_fer.data.pixels import ENDINGS, UnreadableImageError, decode, open_image
+from modeling_fer.data.pixels import ENDINGS, UnreadableImageError, open_image
 from modeling_fer.data.similar import thumbnail
 
 HUB = "hub:"
@@ -348,13 +349,17 @@ def _decode_one(encoded: Encoded, size: int) -> Face | Skipped:
     except (OSError, UnreadableImageError) as error:
         # An OSError of the system names the file again.
         return Skipped(encoded.name, getattr(error, "strerror", None) or str(error))
+    small = thumbnail(rgb)
+    # As `decode` does it, without its copies of an image that is upright and RGB already.
+    square = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BILINEAR)
     return Face(
         row=encoded.row,
         name=encoded.name,
         content_hash=content_hash(data),
-        pixels=decode(rgb, size),
-        small=thumbnail(rgb),
+        pixels=np.asarray(square).transpose(2, 0, 1),
+        small=small,
         width=rgb.width,
         height=rgb.height,
-        is_blank=all(low == high for low, high in rgb.getextrema()),  # type: ignore[misc]
+        # Hardly any image is even in grey, and only such a one is worth a look at all of its pixels.
+        is_blank=small.min() == small.max() and all(low == high for low, high in rgb.getextrema()),  # type: ignore[misc]
     )

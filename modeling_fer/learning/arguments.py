@@ -94,6 +94,9 @@ class FerTrainingArguments:
     feedback_weight: float = option(
         1.0, "feedback: weight of the student's improvement in the teacher's loss"
     )
+    student_lambda_x: float = option(
+        1.0, "feedback: weight of the labelled loss in the student's; 0: pseudo-labels alone, as in the paper"
+    )
     finetune: float = option(0.1, "feedback: share of the steps, at the end, on labelled faces alone")
     sampler_bound: float = option(
         1.0, "feedback to the sampler keeps class weights within this factor of uniform; 1: none"
@@ -197,6 +200,7 @@ class FerTrainingArguments:
             "lambda_u",
             "debias_tau",
             "feedback_weight",
+            "student_lambda_x",
             "round_steps",
         ):
             if not getattr(self, name) >= 0:

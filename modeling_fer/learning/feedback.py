@@ -41,6 +41,9 @@ class FeedbackStep:
         max_grad_norm: the teacher's gradients are clipped to it; infinity: not.
         steps, finetune_steps: all steps of the run, and how many of them at the end fine-tune.
         accelerator: for gradients and means over processes.
+        student_lambda_x: weight of a labelled loss in the student's own; 0: pseudo-labels alone, as in the
+            paper, which needs many steps. What labels do for the student does not hang on `yhat`: on average
+            the baseline in `h` takes it out.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class FeedbackStep:
         steps: int,
         finetune_steps: int,
         accelerator: Accelerator,
+        student_lambda_x: float = 0.0,
     ) -> None:
         self.student, self.plain, self.teacher = student, plain, teacher
         self.optimizer, self.schedule = optimizer, schedule
@@ -70,6 +74,7 @@ class FeedbackStep:
         self.target = "targets" if soft_labels else "labels"
         self.feedback, self.feedback_weight = feedback, feedback_weight
         self.max_grad_norm, self.accelerator = max_grad_norm, accelerator
+        self.student_lambda_x = student_lambda_x
         self.improvement = Improvement()
         self.steps, self.finetune_from = 0, steps - finetune_steps
         self.teach: Callable[[], Logs] | None = None  # what is left to do once the student has moved
@@ -103,9 +108,14 @@ class FeedbackStep:
         )
         taught = masked_cross_entropy(debiased(weak_logits, marginal, tau), pseudo.labels, pseudo.weights > 0)
 
+        seen = torch.cat([x, strong]) if self.student_lambda_x else strong
         with self.autocast():
-            student_logits = self.student(pixel_values=strong).logits.float()
-        loss = masked_cross_entropy(with_margin(student_logits, marginal, tau), pseudo.labels, pseudo.weights)
+            student_logits = self.student(pixel_values=seen).logits.float()
+        known, guessed = student_logits.split([len(seen) - len(strong), len(strong)])
+        loss = masked_cross_entropy(with_margin(guessed, marginal, tau), pseudo.labels, pseudo.weights)
+        if self.student_lambda_x:
+            smoothing = self.label_smoothing
+            loss = loss + self.student_lambda_x * cross_entropy(known, labels, label_smoothing=smoothing)
         before = self.judge(x, batch["labels"])
         backward(loss)
 

@@ -101,6 +101,7 @@ def step_maker(
             steps=total,
             finetune_steps=round(arguments.finetune * total),
             accelerator=accelerator,
+            student_lambda_x=arguments.student_lambda_x,
             **common,
         )
 

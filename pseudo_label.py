@@ -1,0 +1,195 @@
+"""Label any number of faces with a trained model, and make the sure ones a data set to train on.
+
+    python pseudo_label.py label  --model runs/demo/model --images FACES --out runs/pseudo
+    python pseudo_label.py select --out runs/pseudo --rule quota --quota 5000 --against data/demo
+    python pseudo_label.py rounds --model runs/demo/model --images FACES --out runs/rounds \\
+        --labelled data/demo --config configs/demo.yaml --launch "accelerate launch"
+
+`label` runs under `accelerate launch` too, and many times at once on machines that share the folder: workers
+take units of work that nobody has in hand. After a kill, start it again: what was finished stays. `select`
+chooses by confidence without the model, as often as you like. `rounds` is label, select and train, again and
+again, each round labelled by the model of the last; it prints the commands that it runs.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from huggingface_hub import snapshot_download
+from torch import nn
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from modeling_fer.data.augment import Normalize
+from modeling_fer.data.images import HUB, Face, batches, decoded, find_source, read
+from modeling_fer.data.pseudo import Job, LabelOptions, open_job, option
+from modeling_fer.data.pseudo_set import select
+from modeling_fer.data.selection import SelectOptions
+from modeling_fer.learning.inference import class_names, load_classifier, over_all_classes
+from modeling_fer.learning.optimization import choose_precision, cpu_cores
+
+
+@dataclasses.dataclass
+class RoundOptions:
+    """How models are trained on labels of their own."""
+
+    labelled: str = option("prepared folder with labels; look-alikes of its held-out faces are left out")
+    config: str = option("configuration of train.py, for each round")
+    rounds: int = option("how often to label, select and train", 3)
+    launch: str = option('what runs label and train: python, "accelerate launch", ...', sys.executable)
+
+
+def revision_of(folder: Path) -> str:
+    """Hash what decides a model's answers: its weights, configuration and image processor."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+        with path.open("rb") as file:
+            hashed.update(hashlib.file_digest(file, "blake2b").digest())
+    return hashed.hexdigest()
+
+
+@torch.inference_mode()
+def predict_views(model: nn.Module, images: torch.Tensor, precision: str) -> torch.Tensor:
+    """Class probabilities `(2, B, C)` in float32 of normalised images `(B, 3, H, W)` and of their mirrors."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = [model(pixel_values=view).logits for view in (images, images.flip(-1))]
+    return torch.stack(logits).float().softmax(-1)
+
+
+def one_behind(
+    found: Iterable[list[Face]], predict: Callable[[list[Face]], torch.Tensor]
+) -> Iterator[tuple[list[Face], torch.Tensor]]:
+    """Yield batches with predictions; an accelerator computes the next while the caller handles one."""
+    before = None
+    for batch in found:
+        after = batch, predict(batch)
+        if before:
+            yield before
+        before = after
+    if before:
+        yield before
+
+
+def label(out: str, options: LabelOptions) -> None:
+    """Label what is left of a job, as one of its workers.
+
+    Raises:
+        FileNotFoundError: no such model or images.
+        ValueError: the folder holds another job, or the model's output is not finite.
+    """
+    accelerator = Accelerator(mixed_precision="no")  # for device and rank: workers never talk
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    cores = max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    if device.type == "cpu":  # accelerate launch leaves one thread a process unless told otherwise
+        torch.set_num_threads(cores)
+    name = options.model.removeprefix(HUB)
+    folder = Path(snapshot_download(name) if name != options.model else name)
+    model, processor = load_classifier(folder)
+    precision = options.precision
+    if precision == "auto" and (Path(out) / "job").exists():
+        precision = Job(out).settings["precision"]
+    settings = {"model_revision": revision_of(folder), "precision": choose_precision(precision, device)}
+    source = find_source(options.images, options.split, options.column, options.unit_rows)
+    job = open_job(out, source, settings, {"model": options.model})
+    model.to(device)
+    normalize = Normalize(processor.image_mean, processor.image_std).to(device)
+    size, classes = processor.size["height"], class_names(model)
+    batch_size = options.batch_size or (64 if device.type == "cpu" else 256)
+
+    def predict(batch: list[Face]) -> torch.Tensor:
+        pixels = torch.from_numpy(np.stack([face.pixels for face in batch])).to(device)
+        return predict_views(model, normalize(pixels), settings["precision"]).flatten(0, 1)
+
+    progress = tqdm(desc="labelling", unit="image", disable=None if accelerator.is_main_process else True)
+    with progress, ThreadPoolExecutor(options.threads or cores) as pool:
+        todo = job.unfinished(len(job.units) * rank // world)  # workers start apart and meet rarely
+        for turn, unit in enumerate(todo):
+            progress.set_postfix_str(f"unit {turn + 1} of {len(todo)}")
+            with job.claimed(unit, 60 * options.stale_minutes) as beat:
+                if beat is None:
+                    continue
+                with job.writer(unit) as writer:
+                    encoded = read(source, job.units[unit], job.folder)
+                    images = decoded(encoded, size, pool, 2 * batch_size)
+                    faces = batches(images, batch_size, writer.skip)
+                    for batch, views in one_behind(faces, predict):
+                        probabilities = over_all_classes(views.cpu().numpy(), classes)
+                        writer.add(batch, probabilities.reshape(2, len(batch), -1))
+                        progress.update(len(batch))
+                        beat()
+    accelerator.end_training()
+    if left := job.finish():
+        print(f"{left} of {len(job.units)} units are in other workers' hands; if those died, run this again")
+    elif accelerator.is_main_process:
+        print(f"all is labelled; choose what to keep: pseudo_label.py select --out {out}")
+
+
+def run_rounds(out: str, labels: LabelOptions, choice: SelectOptions, options: RoundOptions) -> None:
+    """Label, select and train, round after round; each command resumes what it finds, so all of it does.
+
+    Raises:
+        subprocess.CalledProcessError: a command failed; it has told why.
+    """
+    here, launch = Path(__file__).parent, shlex.split(options.launch)
+    choice = dataclasses.replace(choice, against=[options.labelled, *choice.against])
+    for number in range(1, options.rounds + 1):
+        folder = f"{out}/round-{number}"
+        training = ["--config", options.config, "--data", f"labelled={options.labelled},pseudo={folder}"]
+        for command in (
+            [*launch, str(here / "pseudo_label.py"), "label", *flags(labels), "--out", folder],
+            [sys.executable, str(here / "pseudo_label.py"), "select", *flags(choice), "--out", folder],
+            [*launch, str(here / "train.py"), *training, "--output_dir", f"{folder}/run", "--resume", "auto"],
+        ):
+            print(f"round {number}: {shlex.join(command)}", flush=True)
+            subprocess.run(command, check=True)
+        labels = dataclasses.replace(labels, model=f"{folder}/run/model")
+
+
+def flags(options: Any) -> list[str]:
+    """Options as they are written on a command line."""
+    given = {name: value if isinstance(value, list) else [value] for name, value in vars(options).items()}
+    return [word for name, values in given.items() if values for word in (f"--{name}", *map(str, values))]
+
+
+COMMANDS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "label": (label, (LabelOptions,)),
+    "select": (lambda out, options: print(select(out, options).text()), (SelectOptions,)),
+    "rounds": (run_rounds, (LabelOptions, SelectOptions, RoundOptions)),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run from the command line: what the user can mend is one line, not a traceback."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
+    for name, (_, kinds) in COMMANDS.items():
+        command: Any = commands.add_parser(name, dataclass_types=kinds)
+        command.add_argument("--out", required=True, help="folder of the job and of its data set")
+    args = vars(parser.parse_args(argv))
+    run, kinds = COMMANDS[args["command"]]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a worker that is told to go gives its unit back
+    try:
+        given = [kind(**{f.name: args[f.name] for f in dataclasses.fields(kind)}) for kind in kinds]
+        run(args["out"], *given)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"pseudo_label.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
