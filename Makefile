@@ -11,14 +11,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 
-# Draw faces, train a small ViT on some people, evaluate it on others.
+# Draw faces, most of them without labels; train on the few with; let that model label the others; train on both.
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file configs/accelerate/one_process.yaml
 demo: $(STAMP)
-	test -d data/demo || $(BIN)/fer data prepare synthetic --subjects 400 --train 12000 --out data/demo
-	$(BIN)/accelerate launch --quiet --config_file configs/accelerate/one_process.yaml train.py --config configs/demo.yaml --resume auto
-	$(BIN)/fer eval --model runs/demo/model --data data/demo --split test --out runs/demo
+	test -d data/demo || $(BIN)/fer data prepare synthetic --subjects 400 --train 1000 --unlabeled 10000 --out data/demo
+	$(LAUNCH) train.py --config configs/demo.yaml --resume auto
+	$(BIN)/python pseudo_label.py rounds --rounds 1 --model runs/demo/first/model --images data/demo --out runs/demo \
+		--threshold 0.6 --agreement 0.7 --labelled data/demo --config configs/demo.yaml --launch "$(LAUNCH)"
+	$(BIN)/fer eval --model runs/demo/round-1/run/model --against runs/demo/first/model --data data/demo --split test --out runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --cov=modeling_fer --cov=train --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --cov=modeling_fer --cov=train --cov=pseudo_label --cov-report=term:skip-covered
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging
 
-from modeling_fer.data.feed import joined
+from modeling_fer.data.feed import Streamed, joined
 from modeling_fer.evaluation import plots
 from modeling_fer.learning.arguments import FerTrainingArguments, parse_arguments
 from modeling_fer.learning.checkpoint import (
@@ -134,7 +135,9 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
     step = stage.make_step(model, total)
     objects: dict[str, Stateful] = {"schedule": schedule, "sampler": sampler, "step": step}
     objects |= {} if average is None else {"average": average}
-    own: dict[str, Stateful] = {} if stage.unlabelled is None else {"unlabelled": stage.unlabelled}
+    own: dict[str, Stateful] = {}
+    if stage.unlabelled is not None:
+        (own if isinstance(stage.unlabelled, Streamed) else objects)["unlabelled"] = stage.unlabelled
     state: dict[str, Any] = {"step": 0, "best": None}
     if checkpoint:
         state = load_checkpoint(accelerator, checkpoint, objects, own)
@@ -154,6 +157,13 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
     started_at, logged_at = state["step"], state["step"]
     stream = joined(stage.labelled, stage.unlabelled, arguments.accumulation_steps, device)
     sums: dict[str, torch.Tensor] = {}
+    counts: Counter[str] = Counter()  # of steps: not every step has every number
+
+    def note(logs: dict[str, torch.Tensor], share: float = 1.0) -> None:
+        for name, value in logs.items():
+            sums[name] = sums.get(name, 0) + value * share
+            counts[name] += share
+
     moments = (arguments.log_steps, arguments.eval_steps, arguments.save_steps)
     clock = time.perf_counter()
     bar = tqdm(total=total, initial=state["step"], unit="step", disable=None if is_main else True)
@@ -164,7 +174,7 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         # Nothing is judged or saved before its loss was found finite.
         if is_new and (last or any(now % n == 0 for n in moments)):
             totals = accelerator.reduce(sums, "mean")
-            parts = {name: value.item() / (now - logged_at) for name, value in totals.items()}
+            parts = {name: value.item() / counts[name] for name, value in totals.items()}
             if wrong := [
                 f"{name} became {value}" for name, value in parts.items() if not math.isfinite(value)
             ]:
@@ -178,7 +188,7 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
             accelerator.log({f"train/{name}": value for name, value in row.items()}, step=now)
             history.add({"step": now, "epoch": sampler.epoch, **row})
             bar.set_postfix(loss=f"{parts['loss']:.3f}", refresh=False)
-            sums, logged_at, clock = {}, now, time.perf_counter()
+            sums, counts, logged_at, clock = {}, Counter(), now, time.perf_counter()
 
         if is_new and (now % arguments.eval_steps == 0 or last):
             paused = time.perf_counter()
@@ -206,17 +216,15 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
             waits = i + 1 < arguments.accumulation_steps
             with accelerator.no_sync(model) if waits else contextlib.nullcontext():
                 logs = step(batch, backward)
-            for name, value in logs.items():
-                sums[name] = sums.get(name, 0) + value / arguments.accumulation_steps
+            note(logs, 1 / arguments.accumulation_steps)
         norm = nn.utils.clip_grad_norm_(trainable, arguments.max_grad_norm or math.inf)
-        sums["grad_norm"] = sums.get("grad_norm", 0) + norm.detach()
+        note({"grad_norm": norm.detach()})
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if average is not None:
             average.update_parameters(stage.model)
-        for name, value in step.after_update().items():
-            sums[name] = sums.get(name, 0) + value
+        note(step.after_update())
         state["step"] += 1
         if stage.unlabelled is not None:
             stage.unlabelled.advance()

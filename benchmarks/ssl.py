@@ -5,6 +5,7 @@ unlabelled; a slice of Training is set aside for choosing settings, PublicTest i
 the same encoder, steps, batch and augmentation, and its last weights are what is reported.
 
     fer data prepare fer2013 --csv fer2013.csv --rule fer2013 --drop-duplicates --out data/fer2013
+    fer data prepare folder --root FACES --unlabeled True --out data/faces
     accelerate launch train.py --config configs/pretrain_cpu.yaml
     python -m benchmarks.ssl run --encoder runs/pretrain_cpu/model    # one or several such processes
     python -m benchmarks.ssl table
@@ -14,9 +15,9 @@ import argparse
 import gc
 import itertools
 import json
-import math
 import shutil
 import statistics
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import yaml
 from accelerate import Accelerator
 from datasets import Dataset
 from matplotlib.figure import Figure
+from scipy.stats import t
 
 import train
 from modeling_fer.data import schema
@@ -55,9 +57,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "supervised": {"method": "supervised", **NATURAL},
     "pseudo-label": {"method": "fixmatch", "strong_augmentation": "weak", **NATURAL},
     "FixMatch": {"method": "fixmatch", **NATURAL},
-    "FlexMatch": {"method": "fixmatch", "threshold_rule": "flex", **NATURAL},
-    "FreeMatch": {"method": "fixmatch", "threshold_rule": "free", **NATURAL},
-    "SoftMatch": {"method": "fixmatch", "threshold_rule": "soft", **NATURAL},
+    "FixMatch, flex rule": {"method": "fixmatch", "threshold_rule": "flex", **NATURAL},
+    "FixMatch, free rule": {"method": "fixmatch", "threshold_rule": "free", **NATURAL},
+    "FixMatch, soft rule": {"method": "fixmatch", "threshold_rule": "soft", **NATURAL},
     "FixMatch, balanced": {"method": "fixmatch", **EVEN},
     "debias": {"method": "fixmatch", "debias_tau": TAU, **EVEN},
     "feedback": {"method": "feedback", **EVEN},
@@ -108,8 +110,7 @@ def write_protocol(source: Path, protocol: str, seed: int, out: Path) -> None:
     order = rest[np.random.default_rng([seed, PROTOCOLS.index(protocol)]).permutation(len(rest))]
     labelled = np.concatenate([order[labels[order] == c][:n] for c, n in enumerate(counts)])
     unlabelled = np.setdiff1d(rest, labelled)
-    fresh = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     (fresh / "data").mkdir(parents=True)
     splits: dict[str, Dataset] = {
         "train": data["train"].select(np.sort(labelled)),
@@ -119,7 +120,10 @@ def write_protocol(source: Path, protocol: str, seed: int, out: Path) -> None:
     }
     for split, rows in splits.items():
         rows.to_parquet(str(fresh / "data" / f"{split}-00000-of-00001.parquet"))
-    fresh.rename(out)
+    try:
+        fresh.rename(out)
+    except OSError:  # another process was quicker
+        shutil.rmtree(fresh)
 
 
 def score(model_folder: Path, data: Path, split: str) -> dict[str, Any]:
@@ -143,22 +147,35 @@ def score(model_folder: Path, data: Path, split: str) -> dict[str, Any]:
 
 
 def run_one(
-    protocol: str, method: str, seed: int, encoder: str, source: Path, root: Path, extra: list[str]
+    protocol: str,
+    method: str,
+    seed: int,
+    encoder: str,
+    source: Path,
+    beside: list[str],
+    root: Path,
+    extra: list[str],
 ) -> None:
     """Train and score one cell of the grid, unless it is done or another process is at it."""
     name = f"{protocol}-{method}-{seed}".replace(" ", "_")
     run = root / name
+    data = root.parent / "ssl_data" / f"{protocol}-{seed}".replace(" ", "_")
+    settings = {**yaml.safe_load(CONFIG.read_text()), **METHODS[method]}
+    folders = ",".join([f"labelled={data}", *(f"unlabelled={path}" for path in beside)])
+    settings |= {"data": folders, "output_dir": run / "run", "encoder": encoder, "seed": seed}
+    arguments = parse_arguments([f"--{k}={v}" for k, v in settings.items()] + extra)
+    arguments.eval_steps = arguments.max_steps  # the last weights are kept, whatever the slice says of others
     try:
         run.mkdir(parents=True)
     except FileExistsError:
         return
-    data = root.parent / "ssl_data" / f"{protocol}-{seed}".replace(" ", "_")
-    data.parent.mkdir(parents=True, exist_ok=True)
-    write_protocol(source, protocol, seed, data)
-    settings = {**yaml.safe_load(CONFIG.read_text()), **METHODS[method]}
-    settings |= {"data": data, "output_dir": run / "run", "encoder": encoder, "seed": seed}
-    arguments = parse_arguments([f"--{k}={v}" for k, v in settings.items()] + extra)
-    train.train(arguments)
+    try:
+        data.parent.mkdir(parents=True, exist_ok=True)
+        write_protocol(source, protocol, seed, data)
+        train.train(arguments)
+    except BaseException:
+        shutil.rmtree(run)  # so that another process may try
+        raise
     history = [json.loads(line) for line in (run / "run/history.jsonl").read_text().splitlines()]
     rounds = [
         {k.removeprefix("round/"): v for k, v in row.items() if k.startswith("round/")}
@@ -174,6 +191,7 @@ def run_one(
         "last_round": rounds[-1] if rounds else None,
         "settings": {k: str(v) for k, v in settings.items() if k not in ("data", "output_dir", "encoder")},
         "extra": extra,
+        "unlabelled": [Path(path).name for path in beside],
     }
     write_whole(run / "result.json", (json.dumps(row, indent=1) + "\n").encode())
     for folder in ("checkpoints", "logs"):
@@ -182,19 +200,20 @@ def run_one(
     gc.collect()
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean, and the 95 % interval of the mean by Student's t over the seeds (up to 6)."""
+def interval(values: list[float]) -> tuple[float, float, float] | None:
+    """Mean, and the 95 % interval of the mean by Student's t over the seeds; None of a single one."""
     if len(values) < 2:
-        return values[0], math.nan, math.nan
-    t = (12.706, 4.303, 3.182, 2.776, 2.571)[len(values) - 2]
-    half = t * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.mean(values)
-    return mean, mean - half, mean + half
+        return None
+    mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    low, high = t.interval(0.95, len(values) - 1, mean, error) if error else (mean, mean)
+    return mean, float(low), float(high)
 
 
 def tabulate(root: Path, name: str) -> None:
     """Gather the results into JSON, a Markdown table, a figure, and the gains over FixMatch."""
     rows = [json.loads(path.read_text()) for path in sorted(root.glob("*/result.json"))]
+    if open_cells := sorted(run.name for run in root.iterdir() if not (run / "result.json").exists()):
+        print(f"without a result, not in the table: {', '.join(open_cells)}")
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["protocol"], row["method"]), []).append(row)
@@ -204,14 +223,14 @@ def tabulate(root: Path, name: str) -> None:
             entry: dict[str, Any] = {"protocol": protocol, "method": method, "seeds": len(found)}
             for key in FIGURES:
                 values = [row["PublicTest"][key] for row in found]
-                spread = statistics.stdev(values) if len(values) > 1 else math.nan
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
                 entry[key] = {"mean": statistics.mean(values), "std": spread, "values": values}
             summary.append(entry)
     gains = []
     for ((protocol, method), found), over in itertools.product(cells.items(), BASELINES):
         base = {row["seed"]: row for row in cells.get((protocol, over), [])}
         pairs = [(row, base[row["seed"]]) for row in found if row["seed"] in base and method != over]
-        if pairs:
+        if len(pairs) > 1:
             gain: dict[str, Any] = {
                 key: interval([a["PublicTest"][key] - b["PublicTest"][key] for a, b in pairs])
                 for key in FIGURES
@@ -260,6 +279,7 @@ def main() -> None:
     )
     parser.add_argument("action", choices=("run", "table"))
     parser.add_argument("--data", type=Path, default=Path("data/fer2013"))
+    parser.add_argument("--unlabelled", nargs="*", default=[], help="further folders, of another domain")
     parser.add_argument("--encoder", default="runs/pretrain_cpu/model")
     parser.add_argument("--protocols", nargs="+", default=["25", "250", "long tail"], choices=PROTOCOLS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
@@ -272,7 +292,7 @@ def main() -> None:
         return
     Accelerator()
     for seed, protocol, method in itertools.product(args.seeds, args.protocols, args.methods):
-        run_one(protocol, method, seed, args.encoder, args.data, args.runs, extra)
+        run_one(protocol, method, seed, args.encoder, args.data, args.unlabelled, args.runs, extra)
 
 
 if __name__ == "__main__":

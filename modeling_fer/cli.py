@@ -30,7 +30,7 @@ from modeling_fer.learning.inference import (
     predict_probabilities,
 )
 
-DEFAULT_MODEL = "runs/demo/model"
+DEFAULT_MODEL = "runs/demo/round-1/run/model"
 
 
 def data_prepare(args: argparse.Namespace) -> int:

@@ -30,7 +30,9 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["top"] = {*MAY_IMPORT, "adapters", "top"}
 # Tensor maths that imports nothing of ours.
-PURE = {f"modeling_fer/learning/{name}.py" for name in ("losses", "thresholds", "debias")}
+PURE = {
+    f"modeling_fer/learning/{name}.py" for name in ("losses", "thresholds", "debias", "gate", "improvement")
+}
 WINGS = {"data", "evaluation", "learning", "video", "hub"}
 EXTRAS = ("cv2", "av", "onnx", "onnxscript", "onnxruntime", "gradio")
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

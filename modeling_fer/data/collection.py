@@ -67,6 +67,11 @@ class Collection:
             )
         return rows if len(carrying) == len(rows) else rows.select(carrying)
 
+    def true_labels(self) -> int:
+        """How many rows of `labelled("train")`, the first ones, have a label that no model gave."""
+        parts = [data["train"] for _, data in self.folders["labelled"] if "train" in data]
+        return sum(int((expressions_of(part) != IGNORE).sum()) for part in parts)
+
     def unlabelled(self) -> Dataset | None:
         """All faces to learn from without labels, or None. A label that they carry is only for measuring."""
         parts = [data["unlabeled"] for _, data in self.folders["labelled"] if "unlabeled" in data]

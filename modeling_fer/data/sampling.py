@@ -188,4 +188,6 @@ class DebiasFeedbackSampler(Sampler[int]):
             raise ValueError("the labels of the data have changed since")
         self.batches_done = 0
         self.set_class_weights(state["class_weights"])
+        # As they were: to divide them by their sum once more could change their last bits, and so the order.
+        self.class_weights = np.asarray(state["class_weights"], dtype=np.float64)
         self.epoch, self.batches_done = state["epoch"], state["batches_done"]

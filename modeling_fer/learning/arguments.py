@@ -110,7 +110,7 @@ class FerTrainingArguments:
     )
     stream: str = option(
         "",
-        "unlabelled faces that are not stored: folder of parquet or tar shards, or Hub id, read as they come",
+        "unlabelled faces read as they come, in place of the stored: folder of parquet or tar shards, Hub id",
     )
     stream_memory: int = option(100_000, "faces of a stream that rule flex remembers")
 
@@ -229,6 +229,18 @@ class FerTrainingArguments:
             raise ValueError(
                 f"--sampler_bound must be a finite number, at least 1 (none), got {self.sampler_bound}"
             )
+        asked = {
+            "stream": self.stream,
+            "sampler_bound": self.sampler_bound > 1,
+            "debias_tau": self.debias_tau,
+            "align": self.align != "none",
+            "gate": self.gate != "none",
+        }
+        if self.method == "supervised" and any(asked.values()):
+            names = ", ".join(f"--{name}" for name, there in asked.items() if there)
+            raise ValueError(f"{names}: for unlabelled faces only; add --method fixmatch or feedback")
+        if self.holdout and self.sampler_bound == 1:
+            raise ValueError(f"--holdout {self.holdout} is for the sampler's feedback: add --sampler_bound 3")
         if self.method == "feedback" and self.accumulation_steps > 1:
             raise ValueError(
                 "--method feedback compares the student before and after a whole batch: "
@@ -243,8 +255,6 @@ class FerTrainingArguments:
             raise ValueError(
                 "--method and --layer_decay are for stage image: leave them out of --stage pretrain"
             )
-        if self.stage == "pretrain" and self.method != "supervised":
-            raise ValueError(f"--stage pretrain needs no labels: leave out --method {self.method}")
         if not self.encoder:
             size = self.image_size or 112
             if size % self.patch_size:

@@ -157,7 +157,11 @@ def load_checkpoint(
     state = read_state(folder)
     try:
         saved = torch.load(folder / "objects.pt", map_location="cpu", weights_only=True)
-        saved |= torch.load(folder / own_file(accelerator), map_location="cpu", weights_only=True)
+        if own:
+            file = folder / own_file(accelerator)
+            if not file.exists():
+                raise ValueError(f"it has no {file.name}: resume with as many processes as wrote it")
+            saved |= torch.load(file, map_location="cpu", weights_only=True)
         needed = {**objects, **own}
         if saved.keys() != needed.keys():
             raise ValueError(f"it holds {sorted(saved)}, this run needs {sorted(needed)}")

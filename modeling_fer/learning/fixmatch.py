@@ -49,9 +49,11 @@ class SamplerFeedback:
     bound: float
     recall: Recall | None = None
 
-    def __call__(self, model: nn.Module, shares: torch.Tensor) -> tuple[np.ndarray | None, dict[str, Any]]:
-        """Class weights for the next round, and what to log."""
-        if self.bound <= 1:
+    def __call__(
+        self, model: nn.Module, shares: torch.Tensor | None
+    ) -> tuple[np.ndarray | None, dict[str, Any]]:
+        """Class weights for the next round, None to keep them, and what to log."""
+        if self.bound <= 1 or (shares is None and self.recall is None):
             return None, {}
         recall, logs = None, {}
         if self.recall is not None:
@@ -59,7 +61,9 @@ class SamplerFeedback:
             recall = right / np.maximum(faces, 1)
             recall[faces == 0] = recall[faces > 0].mean()  # not known, which is not the same as never right
             logs = {"held_out_recall": recall.tolist()}
-        weights = feedback_weights(shares.cpu().numpy(), recall, self.bound)
+        size = len(recall) if shares is None else len(shares)  # type: ignore[arg-type]
+        found = np.full(size, 1 / size) if shares is None else shares.cpu().numpy()
+        weights = feedback_weights(found, recall, self.bound)
         return weights, {**logs, "class_weights": weights.tolist()}
 
 

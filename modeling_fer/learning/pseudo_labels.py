@@ -94,8 +94,8 @@ class PseudoLabeler:
         self.marginal.observe(raw)
         self.gate.observe(labelled_logits)
         distributions = debiased(logits, self.marginal.value, self.tau).softmax(1)
-        if self.alignment is not None:
-            self.alignment.observe(raw, labelled)
+        if self.alignment is not None:  # what it is told is what it aligns: with debiasing, the debiased
+            self.alignment.observe(distributions, labelled)
             distributions = self.alignment(distributions)
         slots = index % max(1, self.rule.memory)  # of a stream, the latest faces are remembered
         self.rule.observe(distributions, slots, labelled, labels)
@@ -121,11 +121,11 @@ class PseudoLabeler:
         }.items():
             self.counts[name] = self.counts[name].to(values) + (by_class * values[:, None]).sum(0)
 
-    def shares(self) -> torch.Tensor:
-        """Share of each class in this round's pseudo-labels, `(C,)`; uniform where there were none."""
+    def shares(self) -> torch.Tensor | None:
+        """Share of each class in this round's pseudo-labels, `(C,)`; None where there were none."""
         weight = self.counts["weight"]
         total = weight.sum()
-        return weight / total if total > 0 else torch.full_like(weight, 1 / len(weight))
+        return weight / total if total > 0 else None
 
     def end_round(self) -> dict[str, Any]:
         """Numbers on the round that ends, and a new count.
@@ -135,10 +135,12 @@ class PseudoLabeler:
         `marginal`, `thresholds`: by class, as they stand.
         """
         sums = {name: float(values.sum()) for name, values in self.counts.items()}
-        faces = max(sums["faces"], 1.0)
+        faces = sums["faces"]
+        if not sums["faces"]:
+            return {}
         found: dict[str, Any] = {
             "pseudo_label_rate": sums["weight"] / faces,
-            "pseudo_label_histogram": self.shares().tolist(),
+            "pseudo_label_histogram": (self.counts["weight"] / max(sums["weight"], 1e-12)).tolist(),
             "gated": sums["gated"] / faces,
             "marginal": self.marginal.value.tolist(),
             "thresholds": self.rule.thresholds().tolist(),

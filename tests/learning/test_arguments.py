@@ -129,7 +129,7 @@ def test_values_out_of_range_name_their_flag(name, value):
     ("options", "message"),
     [
         ({"method": "feedback", "accumulation_steps": 2}, "use --accumulation_steps 1"),
-        ({"stage": "pretrain", "method": "fixmatch"}, "leave out --method fixmatch"),
+        ({"stage": "pretrain", "method": "fixmatch"}, "leave them out of --stage pretrain"),
         ({"stage": "pretrain", "encoder": "e"}, "leave out --encoder"),
         ({"augmentation": "none", "erasing": 0.5}, "--erasing 0.5 needs --augmentation"),
     ],
