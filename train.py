@@ -10,7 +10,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
     started_at, logged_at = state["step"], state["step"]
     stream = joined(stage.labelled, stage.unlabelled, arguments.accumulation_steps, device)
     sums: dict[str, torch.Tensor] = {}
-    counts: Counter[str] = Counter()  # of steps: not every step has every number
+    counts: defaultdict[str, float] = defaultdict(float)  # of steps: not every one has every number
 
     def note(logs: dict[str, torch.Tensor], share: float = 1.0) -> None:
         for name, value in logs.items():
@@ -188,7 +188,9 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
             accelerator.log({f"train/{name}": value for name, value in row.items()}, step=now)
             history.add({"step": now, "epoch": sampler.epoch, **row})
             bar.set_postfix(loss=f"{parts['loss']:.3f}", refresh=False)
-            sums, counts, logged_at, clock = {}, Counter(), now, time.perf_counter()
+            sums.clear()
+            counts.clear()
+            logged_at, clock = now, time.perf_counter()
 
         if is_new and (now % arguments.eval_steps == 0 or last):
             paused = time.perf_counter()

@@ -3,7 +3,8 @@
 Scores of a trained classifier, by name in `GATES`, on held-out faces of its own source and on those of
 another, unlabelled: area under the ROC curve, and the share of the others below the floor of 5 % of its own.
 
-    python -m benchmarks.gate --model runs/ferplus_finetune_cpu/model --inside data/fer2013 --outside data/faces
+    python -m benchmarks.gate --model runs/ferplus_finetune_cpu/model --inside data/ferplus \\
+        --outside data/faces
 """
 
 import argparse
