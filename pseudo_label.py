@@ -1,32 +1,37 @@
 """Label any number of faces with a trained model, and make the sure ones a data set to train on.
 
-    python pseudo_label.py label  --model runs/demo/model --images FACES --out runs/pseudo
+    python pseudo_label.py label  --model runs/demo/first/model --images FACES --out runs/pseudo
     python pseudo_label.py select --out runs/pseudo --rule quota --quota 5000 --against data/demo
-    python pseudo_label.py rounds --model runs/demo/model --images FACES --out runs/rounds \\
+    python pseudo_label.py rounds --model runs/demo/first/model --images FACES --out runs/rounds \\
         --labelled data/demo --config configs/demo.yaml --launch "accelerate launch"
 
 `label` runs under `accelerate launch` too, and many times at once on machines that share the folder: workers
 take units of work that nobody has in hand. After a kill, start it again: what was finished stays. `select`
 chooses by confidence without the model, as often as you like. `rounds` is label, select and train, again and
-again, each round labelled by the model of the last; it prints the commands that it runs.
+again, each round labelled by the model of the last; it prints the commands that it runs. `label` exits with
+75 where other workers still have units in hand.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import hashlib
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import snapshot_download
 from torch import nn
 from tqdm import tqdm
@@ -35,30 +40,11 @@ from transformers.utils import logging
 
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.images import HUB, Face, batches, decoded, find_source, read
-from modeling_fer.data.pseudo import Job, LabelOptions, open_job, option
-from modeling_fer.data.pseudo_set import select
+from modeling_fer.data.pseudo import Job, LabelOptions, changes, flags, one_behind, open_job, revision_of
+from modeling_fer.data.pseudo_set import FREE, RoundOptions, select, write_whole
 from modeling_fer.data.selection import SelectOptions
 from modeling_fer.learning.inference import class_names, load_classifier, over_all_classes
 from modeling_fer.learning.optimization import choose_precision, cpu_cores
-
-
-@dataclasses.dataclass
-class RoundOptions:
-    """How models are trained on labels of their own."""
-
-    labelled: str = option("prepared folder with labels; look-alikes of its held-out faces are left out")
-    config: str = option("configuration of train.py, for each round")
-    rounds: int = option("how often to label, select and train", 3)
-    launch: str = option('what runs label and train: python, "accelerate launch", ...', sys.executable)
-
-
-def revision_of(folder: Path) -> str:
-    """Hash what decides a model's answers: its weights, configuration and image processor."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
-        with path.open("rb") as file:
-            hashed.update(hashlib.file_digest(file, "blake2b").digest())
-    return hashed.hexdigest()
 
 
 @torch.inference_mode()
@@ -69,28 +55,16 @@ def predict_views(model: nn.Module, images: torch.Tensor, precision: str) -> tor
     return torch.stack(logits).float().softmax(-1)
 
 
-def one_behind(
-    found: Iterable[list[Face]], predict: Callable[[list[Face]], torch.Tensor]
-) -> Iterator[tuple[list[Face], torch.Tensor]]:
-    """Yield batches with predictions; an accelerator computes the next while the caller handles one."""
-    before = None
-    for batch in found:
-        after = batch, predict(batch)
-        if before:
-            yield before
-        before = after
-    if before:
-        yield before
-
-
 def label(out: str, options: LabelOptions) -> None:
     """Label what is left of a job, as one of its workers.
 
     Raises:
         FileNotFoundError: no such model or images.
         ValueError: the folder holds another job, or the model's output is not finite.
+        SystemExit: with 75, other workers have units in hand.
     """
-    accelerator = Accelerator(mixed_precision="no")  # for device and rank: workers never talk
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))  # for the slowest, at the end
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     cores = max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     if device.type == "cpu":  # accelerate launch leaves one thread a process unless told otherwise
@@ -98,11 +72,11 @@ def label(out: str, options: LabelOptions) -> None:
     name = options.model.removeprefix(HUB)
     folder = Path(snapshot_download(name) if name != options.model else name)
     model, processor = load_classifier(folder)
-    precision = options.precision
-    if precision == "auto" and (Path(out) / "job").exists():
-        precision = Job(out).settings["precision"]
+    joined = Job(out) if (Path(out) / "job").exists() else None
+    precision = joined.settings["precision"] if joined and options.precision == "auto" else options.precision
+    revision = joined.source.get("revision") if joined else None
     settings = {"model_revision": revision_of(folder), "precision": choose_precision(precision, device)}
-    source = find_source(options.images, options.split, options.column, options.unit_rows)
+    source = find_source(options.images, options.split, options.column, options.unit_rows, revision)
     job = open_job(out, source, settings, {"model": options.model})
     model.to(device)
     normalize = Normalize(processor.image_mean, processor.image_std).to(device)
@@ -130,10 +104,12 @@ def label(out: str, options: LabelOptions) -> None:
                         writer.add(batch, probabilities.reshape(2, len(batch), -1))
                         progress.update(len(batch))
                         beat()
+    accelerator.wait_for_everyone()  # a launcher ends all of its processes when one returns an error
     accelerator.end_training()
     if left := job.finish():
         print(f"{left} of {len(job.units)} units are in other workers' hands; if those died, run this again")
-    elif accelerator.is_main_process:
+        sys.exit(os.EX_TEMPFAIL)
+    if accelerator.is_main_process:
         print(f"all is labelled; choose what to keep: pseudo_label.py select --out {out}")
 
 
@@ -141,27 +117,47 @@ def run_rounds(out: str, labels: LabelOptions, choice: SelectOptions, options: R
     """Label, select and train, round after round; each command resumes what it finds, so all of it does.
 
     Raises:
+        ValueError: the folder holds rounds with other options.
         subprocess.CalledProcessError: a command failed; it has told why.
     """
-    here, launch = Path(__file__).parent, shlex.split(options.launch)
+    scripts, launch = Path(__file__).parent, shlex.split(options.launch)
+    config = dict(yaml.safe_load(Path(options.config).read_text()) or {})
     choice = dataclasses.replace(choice, against=[options.labelled, *choice.against])
     for number in range(1, options.rounds + 1):
         folder = f"{out}/round-{number}"
+        told, data = Path(folder, "options.json"), Path(folder, "data")
+        given = {**vars(labels), **vars(choice), **vars(options)}
+        given = {name: given[name] for name in given.keys() - FREE} | {"config": config}
+        if told.exists() and (other := changes(json.loads(told.read_text()), given)):
+            raise ValueError(f"{folder} was made with other options ({other}); use those, or another --out")
+        print(f"round {number}", flush=True)
+        command = str(scripts / "pseudo_label.py")
+        run_command([*launch, command, "label", *flags(labels), "--out", folder])
+        if not (told.exists() and data.exists()):
+            run_command([sys.executable, command, "select", *flags(choice), "--out", folder])
+            # Written last: it tells that the data set is whole, and of these options.
+            write_whole(told, json.dumps(given, indent=2, sort_keys=True) + "\n")
         training = ["--config", options.config, "--data", f"labelled={options.labelled},pseudo={folder}"]
-        for command in (
-            [*launch, str(here / "pseudo_label.py"), "label", *flags(labels), "--out", folder],
-            [sys.executable, str(here / "pseudo_label.py"), "select", *flags(choice), "--out", folder],
-            [*launch, str(here / "train.py"), *training, "--output_dir", f"{folder}/run", "--resume", "auto"],
-        ):
-            print(f"round {number}: {shlex.join(command)}", flush=True)
-            subprocess.run(command, check=True)
+        training += ["--output_dir", f"{folder}/run", "--resume", "auto", *shlex.split(options.train_args)]
+        if "cache_dir" not in config and "--cache_dir" not in options.train_args:
+            training += ["--cache_dir", f"{folder}/cache"]
+        run_command([*launch, str(scripts / "train.py"), *training])
         labels = dataclasses.replace(labels, model=f"{folder}/run/model")
 
 
-def flags(options: Any) -> list[str]:
-    """Options as they are written on a command line."""
-    given = {name: value if isinstance(value, list) else [value] for name, value in vars(options).items()}
-    return [word for name, values in given.items() if values for word in (f"--{name}", *map(str, values))]
+def run_command(command: list[str]) -> None:
+    """Run a command; it is told to end when this process is, with all that it started."""
+    print(shlex.join(command), flush=True)
+    process = subprocess.Popen(command, process_group=0)
+    try:
+        code = process.wait()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 COMMANDS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
@@ -187,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         given = [kind(**{f.name: args[f.name] for f in dataclasses.fields(kind)}) for kind in kinds]
         run(args["out"], *given)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (ValueError, OSError, yaml.YAMLError, subprocess.CalledProcessError) as error:
         sys.exit(f"pseudo_label.py: {error}")
 
 

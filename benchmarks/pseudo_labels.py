@@ -13,13 +13,14 @@ images (of a model of one layer), and two processes in place of one.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import platform
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -74,12 +75,12 @@ def link(files: list[Path], folder: Path, times: int = 1) -> None:
 
 
 def damage(files: list[Path], folder: Path) -> None:
-    """Add files that cannot be read: empty ones, half ones, text."""
-    (folder / "damaged").mkdir()
-    for number, file in enumerate(itertools.islice(itertools.cycle(files), DAMAGED)):
+    """Add files that cannot be read, spread among those that can: empty ones, half ones, text."""
+    spread = np.linspace(0, len(files), DAMAGED, endpoint=False).astype(int)
+    for number, file in enumerate(files[place] for place in spread):
         whole = file.read_bytes()
         content = (b"", whole[: len(whole) // 2], b"this is no image")[number % 3]
-        (folder / "damaged" / f"{number}.jpg").write_bytes(content)
+        (folder / "0" / f"{file.name}-damaged-{number}.jpg").write_bytes(content)  # comes after that file
 
 
 def bare_seconds(
@@ -138,6 +139,7 @@ def rows(out: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for unit in range(len(job.units)):
         for row in job.read_labels(unit).to_pylist():
+            del row["row"]  # its number in its unit, which damaged files before it change
             if found.setdefault(row["file"], row) is not row:
                 raise ValueError(f"{row['file']} is there twice")
     return found
@@ -157,20 +159,32 @@ def compare(one: Path, other: Path) -> dict[str, Any]:
     }
 
 
-def kill_at_random(options: LabelOptions, out: Path, seconds: float) -> list[float]:
+def is_at_work(process: subprocess.Popen, out: Path) -> bool:
+    """Whether the process has a unit in hand; claims of the dead lie about until somebody takes them over."""
+    for owner in (out / "claims").glob("unit-*/owner.json"):
+        with contextlib.suppress(FileNotFoundError):  # just given back
+            if json.loads(owner.read_text())["pid"] == process.pid:
+                return True
+    return False
+
+
+def kill_at_random(options: LabelOptions, out: Path, seconds: float) -> dict[str, Any]:
     """Run a job and kill it, ten times, each at a random moment of its work; then let it end."""
     draw = random.Random(0)
     moments = [draw.uniform(0, 1.5 * seconds / KILLS) for _ in range(KILLS)]
+    finished = []
     for moment in moments:
         process = subprocess.Popen(command(options, out), **QUIET)
-        while process.poll() is None and not any((out / "claims").glob("unit-*")):
-            time.sleep(0.01)  # until it is at work
+        while process.poll() is None and not is_at_work(process, out):
+            time.sleep(0.01)
         time.sleep(moment)
         process.kill()
-        if process.wait() == 0:
+        if process.wait() != -signal.SIGKILL:
             raise RuntimeError("the job ended before it was killed; use more images or a smaller --unit_rows")
+        finished.append(len([*(out / "labels").glob("*.parquet")]))
+    units = len(Job(out).units)
     subprocess.run(command(options, out), check=True, **QUIET)
-    return moments
+    return {"after_s": moments, "units": units, "units_finished_at_kills": finished}
 
 
 class Bench:
@@ -204,8 +218,8 @@ class Bench:
     def killed(self) -> dict[str, Any]:
         """A job killed again and again."""
         finished, seconds = self.finished
-        moments = kill_at_random(self.options, self.folder / "killed", seconds)
-        return {"after_s": moments, **compare(finished, self.folder / "killed")}
+        kills = kill_at_random(self.options, self.folder / "killed", seconds)
+        return {**kills, **compare(finished, self.folder / "killed")}
 
     def damaged(self) -> dict[str, Any]:
         """A job with files among its images that cannot be read."""
@@ -217,12 +231,22 @@ class Bench:
         return {"files": DAMAGED, "lines": lines, **compare(self.finished[0], out)}
 
     def processes(self) -> dict[str, Any]:
-        """A job of two processes."""
-        launch = "-m accelerate.commands.launch --num_processes 2 --num_machines 1 --main_process_port 0"
-        words = command(self.options, self.folder / "two", sys.executable, *launch.split())
+        """A job of two processes, and how many processes had units in hand."""
+        out, launch = self.folder / "two", "-m torch.distributed.run --standalone --nproc_per_node 2"
         cpu = {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
-        subprocess.run(words, env={**os.environ, **cpu}, check=True, **QUIET)
-        return compare(self.finished[0], self.folder / "two")
+        words = command(self.options, out, sys.executable, *launch.split())
+        process = subprocess.Popen(words, env={**os.environ, **cpu}, **QUIET)
+        workers = set()
+        while process.poll() is None:
+            for owner in (out / "claims").glob("unit-*/owner.json"):
+                with contextlib.suppress(FileNotFoundError):  # just given back
+                    workers.add(json.loads(owner.read_text())["pid"])
+            time.sleep(0.02)
+        if process.returncode or len(workers) != 2:
+            raise RuntimeError(
+                f"{len(workers)} processes took part, the launcher returned {process.returncode}"
+            )
+        return {"processes": len(workers), **compare(self.finished[0], out)}
 
     def memory(self) -> dict[str, Any]:
         """Peaks at the images, and at ten times the images."""

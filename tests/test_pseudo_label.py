@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 import pseudo_label
 from modeling_fer.data import schema
 from modeling_fer.data.images import content_hash
-from modeling_fer.data.pseudo import Job
+from modeling_fer.data.pseudo import Job, _born
 from modeling_fer.learning.inference import load_classifier
 from tests.conftest import picture
 
 ROOT = Path(__file__).parents[1]
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 COUNT, BAD = 90, 4
 
 
@@ -168,8 +169,23 @@ def test_killed_ten_times_it_ends_with_the_same_rows(finished, faces, checkpoint
     kill_and_resume(finished, faces, checkpoint, tmp_path / "out", kills=10, seed=1)
 
 
+WORKER = """if True:
+    import os, pathlib, sys
+    sys.path.insert(0, {root!r})
+    import pseudo_label
+    from modeling_fer.data.pseudo import Job
+    writer = Job.writer
+    def noted(job, unit):
+        pathlib.Path({folder!r}, os.environ["RANK"] + "-" + str(unit)).touch()
+        return writer(job, unit)
+    Job.writer = noted
+    pseudo_label.main()
+"""
+
+
 def test_two_processes_agree_with_one(finished, faces, checkpoint, tmp_path):
-    launch = "-m accelerate.commands.launch --num_processes 2 --cpu --num_machines 1 --main_process_port 0"
+    (tmp_path / "noted").mkdir()
+    (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT), folder=str(tmp_path / "noted")))
     options = {
         "model": checkpoint,
         "images": faces,
@@ -177,8 +193,9 @@ def test_two_processes_agree_with_one(finished, faces, checkpoint, tmp_path):
         "unit_rows": 2,
         "precision": "no",
     }
+    words = command("label", launcher=(), batch_size=8, **options)[1:]
     done = subprocess.run(
-        command("label", launcher=(sys.executable, *launch.split()), batch_size=8, **options),
+        [*TWO_PROCESSES, str(tmp_path / "worker.py"), *words],
         env=environment(),
         capture_output=True,
         text=True,
@@ -186,8 +203,38 @@ def test_two_processes_agree_with_one(finished, faces, checkpoint, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    noted = [path.name.split("-") for path in (tmp_path / "noted").iterdir()]
+    assert {rank for rank, _ in noted} == {"0", "1"}, "both had units in hand"
+    assert {int(unit) for _, unit in noted} == {*range(len(Job(finished).units))}
     assert_same(rows(finished), rows(tmp_path / "out"), atol=1e-6)
     assert (tmp_path / "out/skipped.jsonl").read_bytes() == (finished / "skipped.jsonl").read_bytes()
+
+
+def test_units_in_other_hands_are_told_by_the_exit_code(finished, faces, checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    Job(out).labels_path(3).unlink()
+    with Job(out).claimed(3, 60) as mine:
+        assert mine
+        with pytest.raises(SystemExit) as ended:
+            label(model=checkpoint, images=faces, out=out, unit_rows=2)
+    assert ended.value.code == os.EX_TEMPFAIL == 75
+    assert "1 of 47 units are in other workers' hands" in capsys.readouterr().out
+
+
+def test_who_joins_takes_the_jobs_revision_of_the_hub(finished, checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    told = json.loads((out / "job/job.json").read_text())
+    told["source"]["revision"] = "known"
+    (out / "job/job.json").write_text(json.dumps(told))
+
+    def seen(*given):
+        raise ValueError(f"asked for {given[-1]}")
+
+    monkeypatch.setattr(pseudo_label, "find_source", seen)
+    with pytest.raises(SystemExit, match="asked for known"):
+        label(model=checkpoint, images="hub:a/b", out=out)
 
 
 def test_a_rerun_does_nothing_and_a_lost_unit_is_made_again(finished, faces, checkpoint, tmp_path):
@@ -296,8 +343,7 @@ def test_selected_faces_train_like_any_others(finished, prepared, tmp_path, caps
 def test_rounds_label_select_and_train_in_turn(faces, checkpoint, prepared, tmp_path, monkeypatch):
     out, seen = tmp_path / "rounds", []
 
-    def run(command, check):
-        assert check
+    def run(command):
         script, args = Path(command[1]).name, command[2:]
         pairs = args[1:] if script == "pseudo_label.py" else args
         given = dict(zip(pairs[::2], pairs[1::2], strict=True))
@@ -306,6 +352,8 @@ def test_rounds_label_select_and_train_in_turn(faces, checkpoint, prepared, tmp_
             pseudo_label.main(args)
         else:  # what train.py would leave: another model
             model = Path(given["--output_dir"]) / "model"
+            if model.exists():
+                return
             shutil.copytree(checkpoint, model)
             weights = load_file(model / "model.safetensors")
             save_file(
@@ -314,7 +362,9 @@ def test_rounds_label_select_and_train_in_turn(faces, checkpoint, prepared, tmp_
                 {"format": "pt"},
             )
 
-    monkeypatch.setattr(pseudo_label.subprocess, "run", run)
+    monkeypatch.setattr(pseudo_label, "run_command", run)
+    config = tmp_path / "x.yaml"
+    config.write_text("max_steps: 10\n")
     options = {
         "model": checkpoint,
         "images": faces,
@@ -323,7 +373,8 @@ def test_rounds_label_select_and_train_in_turn(faces, checkpoint, prepared, tmp_
         "precision": "no",
         "rounds": 2,
     }
-    more = {"labelled": prepared, "config": "configs/x.yaml", "rule": "quota", "quota": 4}
+    more = {"labelled": prepared, "config": config, "rule": "quota", "quota": 4}
+    more["train_args"] = "--encoder 'a folder' --max_steps 5"
     pseudo_label.main(command("rounds", **options, **more)[2:])
     assert [(script, first) for script, first, _ in seen] == [
         ("pseudo_label.py", "label"),
@@ -334,6 +385,8 @@ def test_rounds_label_select_and_train_in_turn(faces, checkpoint, prepared, tmp_
     assert seen[1][2]["--against"] == str(prepared)
     assert seen[2][2]["--data"] == f"labelled={prepared},pseudo={out}/round-1"
     assert seen[2][2]["--resume"] == "auto"
+    assert (seen[2][2]["--encoder"], seen[2][2]["--max_steps"]) == ("a folder", "5")
+    assert seen[2][2]["--cache_dir"] == f"{out}/round-1/cache"
     assert seen[3][2]["--model"] == f"{out}/round-1/run/model"
     revisions = {
         load_dataset("parquet", data_files=f"{out}/round-{i}/data/*.parquet", split="train")[
@@ -342,3 +395,64 @@ def test_rounds_label_select_and_train_in_turn(faces, checkpoint, prepared, tmp_
         for i in (1, 2)
     }
     assert len(revisions) == 2
+
+    # Again: nothing is chosen anew, as the decoded pixels are found by the age of the files.
+    before = {path: path.stat().st_mtime_ns for path in out.glob("round-*/data/*.parquet")}
+    seen.clear()
+    pseudo_label.main(command("rounds", **options, **more, threads=1)[2:])
+    assert [first for _, first, _ in seen] == ["label", "--config"] * 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    for changed, message in (
+        ({"quota": 3}, "quota: 4 -> 3"),
+        ({"tau": 0.5}, "tau: 1.0 -> 0.5"),
+        ({"train_args": "--max_steps 6"}, "train_args: "),
+        ({"labelled": tmp_path}, "labelled: "),
+    ):
+        with pytest.raises(SystemExit, match=rf"round-1 was made with other options \(.*{message}"):
+            pseudo_label.main(command("rounds", **{**options, **more, **changed})[2:])
+    config.write_text("max_steps: 20\ncache_dir: elsewhere\n")
+    with pytest.raises(
+        SystemExit, match=r"config\.cache_dir: None -> elsewhere; config\.max_steps: 10 -> 20"
+    ):
+        pseudo_label.main(command("rounds", **options, **more)[2:])
+    assert len(seen) == 4, "and nothing was run"
+    shutil.rmtree(out / "round-1/data")
+    config.write_text("max_steps: 10\n")
+    pseudo_label.main(command("rounds", **{**options, **more, "rounds": 1})[2:])
+    assert seen[5][1] == "select"
+
+
+LAUNCHER = """if True:
+    import pathlib, subprocess, sys
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+    child.wait()
+"""
+
+
+def test_what_a_round_runs_ends_with_it(tmp_path, monkeypatch):
+    noted = tmp_path / "pid"
+
+    class Told(subprocess.Popen):
+        """Is told to end while it waits for the first time, as by a signal."""
+
+        told = False
+
+        def wait(self, timeout=None):
+            if not self.told:
+                self.told = True
+                while not (noted.exists() and noted.read_text()):
+                    time.sleep(0.01)
+                sys.exit(143)
+            return super().wait(timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Told)
+        with pytest.raises(SystemExit):
+            pseudo_label.run_command([sys.executable, "-c", LAUNCHER, str(noted)])
+    deadline = time.monotonic() + 20
+    while _born(int(noted.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _born(int(noted.read_text())), "not the launcher alone"
+    with pytest.raises(subprocess.CalledProcessError, match="status 3"):
+        pseudo_label.run_command([sys.executable, "-c", "raise SystemExit(3)"])

@@ -4,7 +4,8 @@
     --images FILE       one parquet or tar file
     --images hub:NAME   a data set of the Hub (`--split` of it), streamed, never stored
 
-The cut is made once and written down. Nothing here holds more than a few hundred images, or a run of file
+The cut is made once and written down. What is damaged is told and passed over; trouble of the file system is
+raised, as it may end. Nothing here holds more than a few hundred images, or a run of file
 names, in memory.
 """
 
@@ -54,22 +55,30 @@ class Encoded:
     row: int  # number in its unit
     name: str
     data: bytes | str | Exception
+    root: str = ""  # for files: a folder that must be there before one of them is taken for gone
 
     def read(self) -> bytes:
         """Return the bytes, from a file or an address where need be.
 
         Raises:
-            OSError: the file or address cannot be read.
-            UnreadableImageError: the source itself is damaged here.
+            OSError: the file or address cannot be read, and perhaps could be later.
+            UnreadableImageError: the source itself is damaged here, or this one file is gone.
         """
         if isinstance(self.data, Exception):
             raise UnreadableImageError(f"{self.data} ({type(self.data).__name__})")
         if isinstance(self.data, bytes):
             return self.data
-        if "://" in self.data:
-            with fsspec.open(self.data) as file:
-                return file.read()
-        return Path(self.data).read_bytes()
+        try:
+            if "://" in self.data:
+                with fsspec.open(self.data) as file:
+                    return file.read()
+            return Path(self.data).read_bytes()
+        except FileNotFoundError as error:
+            if "://" not in self.data and not _holds_something(
+                self.root or os.path.dirname(self.data) or "."
+            ):
+                raise
+            raise UnreadableImageError(error.strerror or "no such file") from error
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Skipped:
 # --- Sources ---
 
 
-def find_source(images: str, split: str, column: str, unit_rows: int) -> Source:
+def find_source(images: str, split: str, column: str, unit_rows: int, revision: str | None = None) -> Source:
     """Look what is there and describe it; the description and a unit are all that a reader needs.
 
     Args:
@@ -105,9 +114,11 @@ def find_source(images: str, split: str, column: str, unit_rows: int) -> Source:
         split: of a prepared folder or a data set of the Hub; others have none.
         column: that holds the images of parquet files and of the Hub's data sets.
         unit_rows: images in a unit, where units can be cut freely.
+        revision: of a data set of the Hub; without it, the newest.
 
     Raises:
         FileNotFoundError: nothing is there, or not that split.
+        ValueError: a file of no known kind, or a folder of more than one kind.
     """
     source: Source = {
         "kind": "tree",
@@ -118,7 +129,8 @@ def find_source(images: str, split: str, column: str, unit_rows: int) -> Source:
     }
     if images.startswith(HUB):
         name = images.removeprefix(HUB)
-        revision = None if Path(name).exists() else HfApi().dataset_info(name).sha
+        if not revision and not Path(name).exists():
+            revision = HfApi().dataset_info(name).sha
         return source | {"kind": "hub", "root": name, "revision": revision}
     path = Path(os.path.abspath(images))
     if not path.exists():
@@ -127,10 +139,9 @@ def find_source(images: str, split: str, column: str, unit_rows: int) -> Source:
         )
     source |= {"root": str(path)}
     if path.is_file():
-        kinds = {"tar": path.name.endswith(TARS), "parquet": path.suffix == ".parquet"}
-        if not any(kinds.values()):
+        if not path.name.endswith((*TARS, ".parquet")):
             raise ValueError(f"{images} is no parquet or tar file: pass such a file, or a folder of images")
-        return source | {"kind": "tar" if kinds["tar"] else "parquet"}
+        return source | {"kind": "tar" if path.name.endswith(TARS) else "parquet"}
     if next((path / "data").glob("*.parquet"), None):
         if not next((path / "data").glob(f"{split}-*.parquet"), None):
             known = sorted({file.name.split("-")[0] for file in (path / "data").glob("*.parquet")})
@@ -139,10 +150,14 @@ def find_source(images: str, split: str, column: str, unit_rows: int) -> Source:
             )
         return source | {"kind": "prepared"}
     with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.name.endswith((*TARS, ".parquet")) and entry.is_file():
-                return source | {"kind": "parquet" if entry.name.endswith(".parquet") else "tar"}
-    return source
+        archives = [e.name for e in entries if e.name.endswith((*TARS, ".parquet")) and e.is_file()]
+    found = {"parquet" if name.endswith(".parquet") else "tar" for name in archives}
+    if archives and any(_walk(str(path))):
+        found.add("image")
+    if len(found) > 1:
+        kinds = " and ".join(sorted(found))
+        raise ValueError(f"{images} holds {kinds} files: pass one file, or a folder of one kind")
+    return source | {"kind": found.pop() if found else "tree"}
 
 
 def cut(source: Source, folder: Path) -> Iterator[Unit]:
@@ -216,7 +231,7 @@ def _read_tree(source: Source, unit: Unit, folder: Path, wanted: Container[int])
         for row, line in enumerate(itertools.islice(manifest, source["unit_rows"])):
             if row in wanted:
                 name = json.loads(line)
-                yield Encoded(row, name, os.path.join(source["root"], name))
+                yield Encoded(row, name, os.path.join(source["root"], name), source["root"])
 
 
 def _read_tar(source: Source, unit: Unit, folder: Path, wanted: Container[int]) -> Iterator[Encoded]:
@@ -235,6 +250,8 @@ def _read_tar(source: Source, unit: Unit, folder: Path, wanted: Container[int]) 
             if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError("damaged header")
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        if not _is_damage(error):
+            raise
         if row in wanted:
             yield Encoded(row, f"{path.name} from image {row} on", error)
 
@@ -271,8 +288,24 @@ def _read_parquet(source: Source, unit: Unit, folder: Path, wanted: Container[in
                         yield _cell(row, f"{path.name}:{unit['first'] + row}", cell.as_py())
                     row += 1
     except (pa.ArrowException, OSError) as error:
+        if not _is_damage(error):
+            raise
         if row in wanted:
             yield Encoded(row, f"{path.name} from row {unit['first'] + row} on", error)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Tell a file's bad content from trouble of the system, which numbers its errors and may end."""
+    return getattr(error, "errno", None) is None and not isinstance(error, MemoryError)
+
+
+def _holds_something(folder: str) -> bool:
+    """Tell whether files could be missing from a folder one by one: an unmounted share leaves it empty."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is not None
+    except FileNotFoundError:
+        return False
 
 
 def _stream(source: Source) -> IterableDataset:
@@ -297,7 +330,7 @@ def _cell(row: int, place: str, cell: Any) -> Encoded:
         return Encoded(row, place, cell)
     cell = cell if isinstance(cell, dict) else {}
     name = f"{place} {cell['path']}" if cell.get("path") else place
-    data = cell.get("bytes") or cell.get("path")
+    data = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
     return Encoded(row, name, data if data else ValueError("a row without an image"))
 
 
@@ -346,9 +379,8 @@ def _decode_one(encoded: Encoded, size: int) -> Face | Skipped:
     try:
         data = encoded.read()
         rgb = open_image(data)
-    except (OSError, UnreadableImageError) as error:
-        # An OSError of the system names the file again.
-        return Skipped(encoded.name, getattr(error, "strerror", None) or str(error))
+    except UnreadableImageError as error:
+        return Skipped(encoded.name, str(error))
     small = thumbnail(rgb)
     # As `decode` does it, without its copies of an image that is upright and RGB already.
     square = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BILINEAR)

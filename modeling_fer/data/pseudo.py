@@ -13,13 +13,15 @@ written once.
 import contextlib
 import dataclasses
 import errno
+import hashlib
+import itertools
 import json
 import os
 import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from modeling_fer.labels import NUM_CLASSES
 
 ROWS_AT_ONCE = 4096  # held in memory by a writer; also the row groups of the label files
 HEARTBEAT_S = 10.0
+LITTER = ("claims/*", "partial/*", ".job.*")  # what killed workers leave
 
 # What is known of an image after inference; data/selection.py makes its debiased label from these.
 LABELS = pa.schema(
@@ -58,6 +61,24 @@ def option(help: str, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def flags(options: Any) -> list[str]:
+    """Options as they are written on a command line."""
+    given = {name: value if isinstance(value, list) else [value] for name, value in vars(options).items()}
+    return [word for name, values in given.items() if values for word in (f"--{name}", *map(str, values))]
+
+
+def changes(then: dict[str, Any], now: dict[str, Any], inside: str = "") -> str:
+    """What differs between kept options and these, as "name: theirs -> ours; ..."."""
+    told = []
+    for key in sorted(then.keys() | now.keys()):
+        old, new = then.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            told.append(changes(old, new, f"{inside}{key}."))
+        elif old != new:
+            told.append(f"{inside}{key}: {old} -> {new}")
+    return "; ".join(filter(None, told))
+
+
 @dataclasses.dataclass
 class LabelOptions:
     """What is labelled, by which model, and how a worker goes about it."""
@@ -68,7 +89,11 @@ class LabelOptions:
     )
     split: str = option("of a prepared folder or a data set of the Hub", "unlabeled")
     column: str = option("that holds the images of parquet files or of a data set of the Hub", "image")
-    unit_rows: int = option("images a worker takes on at once; what a killed one has to do again", 8192)
+    unit_rows: int = option(
+        "images a worker takes on at once; what a killed one has to do again "
+        "(tar files and shards of the Hub are not cut: each is taken on whole)",
+        8192,
+    )
     batch_size: int = option("images that the model sees at once; 0: 64 on a CPU, else 256", 0)
     precision: str = option(
         "auto: that of the job, or of a new one bf16 where the device computes in it; or no, bf16", "auto"
@@ -204,7 +229,7 @@ class Job:
             for number in range(len(self.units)):
                 file.write(self.labels_path(number).with_suffix(".skipped.jsonl").read_bytes())
         beside.replace(self.out / "skipped.jsonl")
-        for path in (*self.out.glob("claims/unit-*"), *self.out.glob("partial/*")):  # of killed workers
+        for path in itertools.chain(*map(self.out.glob, LITTER)):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         return 0
 
@@ -259,6 +284,20 @@ class LabelWriter:
             self.waiting = []
 
 
+def one_behind(
+    found: Iterable[list[Face]], predict: Callable[[list[Face]], Any]
+) -> Iterator[tuple[list[Face], Any]]:
+    """Yield batches with predictions; an accelerator computes the next while the caller handles one."""
+    before = None
+    for batch in found:
+        after = batch, predict(batch)
+        if before:
+            yield before
+        before = after
+    if before:
+        yield before
+
+
 def open_job(out: str | Path, source: Source, settings: dict[str, Any], about: dict[str, Any]) -> Job:
     """Start a job in a folder, or join the one that is there.
 
@@ -289,10 +328,8 @@ def open_job(out: str | Path, source: Source, settings: dict[str, Any], about: d
         (out / name).mkdir(exist_ok=True)
     job = Job(out)
     then, now = {**job.source, **job.settings}, {**source, **settings}
-    if other := [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]:
-        raise ValueError(
-            f"{out} is of another job ({'; '.join(other)}); label with the same, or into another --out"
-        )
+    if other := changes(then, now):
+        raise ValueError(f"{out} is of another job ({other}); label with the same, or into another --out")
     return job
 
 
@@ -309,11 +346,22 @@ def put_once(target: Path, write: Callable[[Path], None]) -> bool:
         beside.rename(target)
         return True
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        # Gone: whoever finished the job took it for a dead worker's.
+        gone = error.errno == errno.ENOENT and not beside.exists()
+        if gone or error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             return False
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def revision_of(folder: Path) -> str:
+    """Hash what decides a model's answers: its weights, configuration and image processor."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+        with path.open("rb") as file:
+            hashed.update(hashlib.file_digest(file, "blake2b").digest())
+    return hashed.hexdigest()
 
 
 def storable(text: str) -> str:

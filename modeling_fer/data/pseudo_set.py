@@ -6,10 +6,13 @@ out/report.json  README.md               what is in it, for programs (`fer data 
 
 import itertools
 import json
+import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import yaml
 from datasets import ClassLabel, Features, List, Value
 
 from modeling_fer.data.images import Face, content_hash, cut, decoded, find_source, read
-from modeling_fer.data.pseudo import Job
+from modeling_fer.data.pseudo import Job, option
 from modeling_fer.data.report import HELD_OUT, NO_LABEL, TOGETHER, Report
 from modeling_fer.data.schema import FEATURES
 from modeling_fer.data.selection import COPY, Candidates, Selection, SelectOptions
@@ -30,6 +33,8 @@ from modeling_fer.data.similar import BYTES, SIDE, perceptual_hashes
 from modeling_fer.labels import CLASSES
 
 SPLIT = "pseudo"
+# Options that do not decide what a round of labelling and training ends with.
+FREE = {"batch_size", "threads", "stale_minutes", "rounds", "launch"}
 LISTED = 50  # unreadable files named in the report; skipped.jsonl names them all
 DROPPED = {
     COPY: f"{SPLIT}: a copy of an image before it",
@@ -81,8 +86,22 @@ it.
 """
 
 
+@dataclass
+class RoundOptions:
+    """How models are trained on labels of their own."""
+
+    labelled: str = option("prepared folder with labels; look-alikes of its held-out faces are left out")
+    config: str = option("configuration of train.py, for each round")
+    rounds: int = option("how often to label, select and train", 3)
+    launch: str = option('what runs label and train: python, "accelerate launch", ...', sys.executable)
+    train_args: str = option('more for train.py, as --train_args="--encoder DIR --max_steps 500"', "")
+
+
 def select(out: str | Path, options: SelectOptions) -> Report:
     """Choose among the labels of a finished job and write the split `pseudo` of its folder, anew each time.
+
+    A kill leaves the data set of before or the new one, or the next call, failed or not, brings back the old.
+    The card, written last, tells that a data set is whole. One call at a time.
 
     Raises:
         FileNotFoundError: there is no job, or a folder of `options.against` has no held-out faces.
@@ -93,6 +112,11 @@ def select(out: str | Path, options: SelectOptions) -> Report:
         raise ValueError(
             f"{left} of {len(job.units)} units of {out} are not labelled: run `pseudo_label.py label` again"
         )
+    data, old = job.out / "data", job.out / ".old-data"
+    if old.exists() and not data.exists():
+        old.rename(data)  # killed between the two renames below
+    for litter in (old, *job.out.glob(".select-*")):
+        shutil.rmtree(litter, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".select-", dir=job.out) as name:
         folder = Path(name)
         held_out = held_out_hashes(options.against)
@@ -102,12 +126,21 @@ def select(out: str | Path, options: SelectOptions) -> Report:
             why = {**tally.rejected, **tally.dropped}
             raise ValueError(f"no row is left ({why}): select with a lower --threshold or --agreement")
         report = _report(selection, tally, len(held_out))
-        if (job.out / "data").exists():
-            (job.out / "data").rename(folder / "old")
-        (folder / "data").rename(job.out / "data")
-    report.save(job.out / "report.json")
-    (job.out / "README.md").write_text(_card(report), encoding="utf-8")
+        report.save(folder / "report.json")
+        (folder / "README.md").write_text(_card(report), encoding="utf-8")
+        if data.exists():
+            data.rename(old)
+        for part in ("data", "report.json", "README.md"):
+            (folder / part).replace(job.out / part)
+    shutil.rmtree(old, ignore_errors=True)
     return report
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that whoever looks finds all of it or what was there before."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def held_out_hashes(folders: Sequence[str]) -> np.ndarray:
@@ -261,7 +294,9 @@ def _report(selection: Selection, tally: _Tally, held_out: int) -> Report:
             f"model's mean probabilities: {_by_class(selection.marginal)}",
             f"labels before debiasing: {_by_class([tally.raw[i] for i in range(len(CLASSES))])}",
             f"least confidence kept: {_by_class(selection.thresholds)}",
-            f"compared with {held_out:,} held-out faces",
+            f"compared with {held_out:,} held-out faces"
+            if options.against
+            else "look-alikes of held-out faces were not looked for: name prepared folders with --against",
         ],
     )
 

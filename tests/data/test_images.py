@@ -1,5 +1,6 @@
 """Sources of images: the same images from each of them, cut into units, and what damage does."""
 
+import errno
 import gzip
 import io
 import json
@@ -7,7 +8,9 @@ import os
 import shutil
 import tarfile
 import tracemalloc
+import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -140,6 +143,84 @@ def test_damaged_archives_give_what_stands_before_the_damage(tree, tmp_path):
     (tmp_path / "none.tar").write_bytes(b"this is no archive" * 100)
     (only,) = every(find_source(str(tmp_path / "none.tar"), "", "image", 5), tmp_path / "x").values()
     assert only.name == "none.tar from image 0 on"
+
+
+def test_trouble_of_the_system_is_no_damage(tree, tmp_path, monkeypatch):
+    """What may pass must not cost rows: it is raised, so that the unit is done again."""
+    (tmp_path / "files").mkdir()
+    make_tar(tmp_path / "files/x.tar", [b"one", b"two"])
+    parquet(tmp_path / "x.parquet", [b"one", b"two"])
+    sources = {
+        kind: find_source(str(path), "", "image", 100)
+        for kind, path in {"tree": tree, "tar": tmp_path / "files", "parquet": tmp_path / "x.parquet"}.items()
+    }
+    units = {kind: [*cut(source, tmp_path)] for kind, source in sources.items()}
+
+    def faces(kind):
+        with ThreadPoolExecutor(1) as pool:
+            return [*decoded(read(sources[kind], units[kind][0], tmp_path), 16, pool, ahead=4)]
+
+    assert all(faces(kind) for kind in sources)
+    (tmp_path / "files/x.tar").unlink()
+    with pytest.raises(FileNotFoundError):
+        faces("tar")
+    make_tar(tmp_path / "files/x.tar", [b"one", b"two"])
+    for number in (errno.EIO, errno.ESTALE):
+
+        def fail(*_, number=number, **__):
+            raise OSError(number, os.strerror(number))
+
+        for kind, place in {
+            "tree": (Path, "read_bytes"),
+            "tar": (tarfile.TarFile, "next"),
+            "parquet": (pq.ParquetFile, "iter_batches"),
+        }.items():
+            with monkeypatch.context() as patch:
+                patch.setattr(*place, fail)
+                with pytest.raises(OSError, match=os.strerror(number)):
+                    faces(kind)
+
+
+def test_one_file_may_be_gone_but_not_all(tree, tmp_path):
+    root = tmp_path / "share/tree"
+    shutil.copytree(tree, root)
+    source = find_source(str(root), "", "image", 100)
+    (unit,) = cut(source, tmp_path)
+    shutil.rmtree(root / "a")
+    with ThreadPoolExecutor(1) as pool:
+        found = [*decoded(read(source, unit, tmp_path), 16, pool, ahead=4)]
+        skipped = [one.name for one in found if isinstance(one, Skipped)]
+        assert skipped == [f"a/{i:02d}.png" for i in range(0, COUNT, 3)]
+        shutil.rmtree(root)
+        for _ in ("no folder", "an empty one, as an unmounted share leaves it"):
+            with pytest.raises(FileNotFoundError):
+                [*decoded(read(source, unit, tmp_path), 16, pool, ahead=4)]
+            root.mkdir(exist_ok=True)
+
+
+def test_a_folder_of_more_than_one_kind_is_refused(tree, tmp_path):
+    make_tar(tmp_path / "x.tar", [b"x"])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/x.txt").write_text("no image")
+    assert find_source(str(tmp_path), "", "image", 5)["kind"] == "tar"
+    shutil.copytree(tree, tmp_path / "notes/tree")
+    with pytest.raises(ValueError, match="holds image and tar files: pass one file, or a folder of one kind"):
+        find_source(str(tmp_path), "", "image", 5)
+    shutil.rmtree(tmp_path / "notes")
+    parquet(tmp_path / "x.parquet", [b"x"])
+    with pytest.raises(ValueError, match="holds parquet and tar files"):
+        find_source(str(tmp_path), "", "image", 5)
+    assert find_source(str(tmp_path / "x.tar"), "", "image", 5)["kind"] == "tar"
+
+
+def test_a_known_revision_of_the_hub_is_kept(monkeypatch):
+    class Newer:
+        def dataset_info(self, name):
+            return types.SimpleNamespace(sha="newer")
+
+    monkeypatch.setattr(images, "HfApi", Newer)
+    assert find_source("hub:a/b", "train", "image", 5)["revision"] == "newer"
+    assert find_source("hub:a/b", "train", "image", 5, "known")["revision"] == "known"
 
 
 def test_damaged_parquet(tree, tmp_path):

@@ -144,6 +144,14 @@ def test_put_once(tmp_path):
         put_once(tmp_path / "b", fail)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
+    def swept(folder):  # by whoever finishes the job meanwhile
+        folder.rmdir()
+        (folder / "x").write_text("late")
+
+    assert not put_once(tmp_path / "c", swept)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        put_once(tmp_path / "d", lambda folder: (tmp_path / "nothing").read_text())
+
 
 def test_joining_asks_for_the_same_job(job, tmp_path):
     again = open_job(job.out, job.source, SETTINGS, {"model": "another name of it"})
@@ -173,13 +181,15 @@ def test_end_gathers_the_skipped_and_tidies(job):
     assert job.finish() == 1
     assert not (job.out / "skipped.jsonl").exists()
     (job.out / "claims/unit-000000").mkdir()
+    (job.out / "claims/.unit-000001.abc").mkdir()
+    (job.out / ".job.abc").mkdir()
     (job.out / "partial/left by a killed worker").write_text("")
     finish(job, 1, skips=1)
     for _ in range(2):
         assert job.finish() == 0
         lines = [json.loads(line) for line in (job.out / "skipped.jsonl").read_text().splitlines()]
         assert [line["file"] for line in lines] == ["1-0", "2-0", "2-1"]
-    assert not [*(job.out / "claims").iterdir(), *(job.out / "partial").iterdir()]
+    assert not [*(job.out / "claims").iterdir(), *(job.out / "partial").iterdir(), *job.out.glob(".*")]
 
 
 @settings(max_examples=20, deadline=None)

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -211,6 +212,40 @@ def test_copies_are_found_part_by_part_as_well(tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "PARTITION_ROWS", 5)
     select(job.out, SelectOptions(threshold=0))
     assert rows(job.out)["file"][:] == whole
+
+
+def test_killed_between_the_renames_the_old_data_set_comes_back(tmp_path, monkeypatch):
+    job = labelled(tree(tmp_path, 6), np.full((6, 8), 0.125))
+    select(job.out, SelectOptions(threshold=0))
+    before = rows(job.out)["file"][:]
+    report = (job.out / "report.json").read_bytes()
+    replace = pathlib.Path.replace
+
+    def killed(path, target):
+        if path.name == "data":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            select(job.out, SelectOptions(rule="quota", quota=2))
+    assert not (job.out / "data").exists()
+    (job.out / ".select-killed").mkdir()
+    with pytest.raises(ValueError, match="no row is left"):
+        select(job.out, SelectOptions(threshold=1))
+    assert rows(job.out)["file"][:] == before
+    assert (job.out / "report.json").read_bytes() == report
+    select(job.out, SelectOptions(rule="quota", quota=2))
+    assert len(rows(job.out)) == 2
+    assert json.loads((job.out / "report.json").read_text())["options"]["quota"] == 2
+    assert not [*job.out.glob(".*")]
+
+
+def test_that_look_alikes_were_not_looked_for_is_told(tmp_path):
+    job = labelled(tree(tmp_path, 2), np.full((2, 8), 0.125))
+    report = select(job.out, SelectOptions(threshold=0))
+    assert "look-alikes of held-out faces were not looked for: name prepared folders" in report.text()
 
 
 def test_shards_are_cut(tmp_path, monkeypatch):

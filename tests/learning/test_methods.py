@@ -77,7 +77,8 @@ def test_each_method_has_its_step(make_model, method, kind):
 
 def test_arguments_reach_the_labeler():
     arguments = FerTrainingArguments(
-        data="d", output_dir="o", method="fixmatch", threshold_rule="flex", threshold=0.7, debias_tau=0.4, debias_momentum=0.8,
+        data="d", output_dir="o", method="fixmatch", threshold_rule="flex", threshold=0.7,
+        debias_tau=0.4, debias_momentum=0.8,
         align="uniform", gate="energy", gate_quantile=0.3,
     )  # fmt: skip
     labeler = build_labeler(arguments, 5, 11, Accelerator(cpu=True))
