@@ -111,9 +111,10 @@ def test_a_checkpoint_holds_all_that_decides_the_next_step(finished):
     assert objects("feedback")["step"]["steps"] == STEPS
     names = {p.name for p in (finished["feedback"] / LAST).iterdir()}
     assert {"model.safetensors", "model_1.safetensors", "optimizer.bin", "optimizer_1.bin"} <= names
-    own = {m: torch.load(finished[m] / LAST / "own_0.pt", weights_only=True)["unlabelled"] for m in finished}
-    assert own["fixmatch"]["epoch"] * 2 + own["fixmatch"]["batches_done"] == STEPS  # 28 faces, 16 at a time
-    assert own["stream"]["place"]["given"] == STEPS * 16
+    pool = objects("fixmatch")["unlabelled"]
+    assert pool["epoch"] * 2 + pool["batches_done"] == STEPS, "28 faces, 16 at a time"
+    own = torch.load(finished["stream"] / LAST / "own_0.pt", weights_only=True)["unlabelled"]
+    assert own["place"]["given"] == STEPS * 16
 
 
 def test_rounds_feed_back_to_the_sampler(finished):
