@@ -40,7 +40,7 @@ from transformers.utils import logging
 
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.images import HUB, Face, batches, decoded, find_source, read
-from modeling_fer.data.pseudo import Job, LabelOptions, changes, flags, one_behind, open_job, revision_of
+from modeling_fer.data.pseudo import Job, LabelOptions, changes, flags, open_job, predicted, revision_of
 from modeling_fer.data.pseudo_set import FREE, RoundOptions, select, write_whole
 from modeling_fer.data.selection import SelectOptions
 from modeling_fer.learning.inference import class_names, load_classifier, over_all_classes
@@ -67,8 +67,10 @@ def label(out: str, options: LabelOptions) -> None:
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     cores = max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    if device.type == "cpu":  # accelerate launch leaves one thread a process unless told otherwise
-        torch.set_num_threads(cores)
+    # On CPUs each core has a batch of its own: threads that share one wait for whoever decodes an image meanwhile.
+    at_once = cores if device.type == "cpu" else 1
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     name = options.model.removeprefix(HUB)
     folder = Path(snapshot_download(name) if name != options.model else name)
     model, processor = load_classifier(folder)
@@ -88,7 +90,7 @@ def label(out: str, options: LabelOptions) -> None:
         return predict_views(model, normalize(pixels), settings["precision"]).flatten(0, 1)
 
     progress = tqdm(desc="labelling", unit="image", disable=None if accelerator.is_main_process else True)
-    with progress, ThreadPoolExecutor(options.threads or cores) as pool:
+    with progress, ThreadPoolExecutor(options.threads or cores) as pool, ThreadPoolExecutor(at_once) as models:
         todo = job.unfinished(len(job.units) * rank // world)  # workers start apart and meet rarely
         for turn, unit in enumerate(todo):
             progress.set_postfix_str(f"unit {turn + 1} of {len(todo)}")
@@ -99,7 +101,7 @@ def label(out: str, options: LabelOptions) -> None:
                     encoded = read(source, job.units[unit], job.folder)
                     images = decoded(encoded, size, pool, 2 * batch_size)
                     faces = batches(images, batch_size, writer.skip)
-                    for batch, views in one_behind(faces, predict):
+                    for batch, views in predicted(faces, predict, models, at_once):
                         probabilities = over_all_classes(views.cpu().numpy(), classes)
                         writer.add(batch, probabilities.reshape(2, len(batch), -1))
                         progress.update(len(batch))

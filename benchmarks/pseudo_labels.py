@@ -89,6 +89,7 @@ def bare_seconds(
     """Wall and CPU seconds of inference alone, on both views of decoded images."""
     model, processor = load_classifier(model_folder)
     device = accelerate.Accelerator().device
+    torch.set_num_threads(cpu_cores())  # a labelling job before may have left one
     model.to(device)
     normalize = Normalize(processor.image_mean, processor.image_std).to(device)
     start = time.perf_counter(), time.process_time()
@@ -288,8 +289,6 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "no", "bf16"))
     args = parser.parse_args()
     device = accelerate.Accelerator().device
-    if device.type == "cpu":
-        torch.set_num_threads(cpu_cores())
     transformers.utils.logging.disable_progress_bar()
     options = LabelOptions(
         model="",

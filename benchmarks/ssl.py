@@ -45,6 +45,7 @@ from modeling_fer.learning.inference import (
 )
 
 RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 CONFIG = Path(__file__).parents[1] / "configs" / "ssl_cpu.yaml"
 SLICE = 2_000  # training faces set aside for choosing settings
 TAU = 0.5  # strength of debiasing
@@ -248,27 +249,28 @@ def tabulate(root: Path, name: str) -> None:
             for k in FIGURES
         )
         print(f"{gain['protocol']}: {gain['method']} over {gain['over']}: {shown}")
-    plots.save(comparison_figure(summary), RESULTS / f"{name}.png")
+    plots.save(comparison_figure(summary), IMAGES / f"{name}.png")
 
 
 def comparison_figure(summary: list[dict[str, Any]]) -> Figure:
     """One panel a protocol: macro F1 and worst recall of each method, mean and deviation over seeds."""
     protocols = [p for p in PROTOCOLS if any(entry["protocol"] == p for entry in summary)]
+    methods = [m for m in METHODS if any(entry["method"] == m for entry in summary)]  # panels share their axis
     figure = Figure(figsize=(4.4 * len(protocols) + 2, 3.6), layout="constrained")
     for axes, protocol in zip(
         figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0], protocols, strict=True
     ):
         entries = [entry for entry in summary if entry["protocol"] == protocol]
-        places = np.arange(len(entries))
+        places = np.array([methods.index(entry["method"]) for entry in entries])
         for offset, key, colour in ((-0.18, "macro_f1", plots.BLUE), (0.18, "worst_recall", plots.ORANGE)):
             means = [100 * entry[key]["mean"] for entry in entries]
             errors = [100 * entry[key]["std"] for entry in entries]
             axes.barh(places + offset, means, 0.34, xerr=errors, color=colour, label=key.replace("_", " "))
-        axes.set_yticks(places, [entry["method"] for entry in entries])
+        axes.set_yticks(range(len(methods)), methods)
         axes.set_title(protocol if protocol == "long tail" else f"{protocol} labels a class")
         axes.set_xlabel("PublicTest, %")
     figure.axes[0].invert_yaxis()
-    figure.axes[0].legend(loc="lower right", fontsize=8)
+    figure.axes[0].legend(loc="lower left", fontsize=8)
     return figure
 
 

@@ -21,7 +21,9 @@ import shutil
 import socket
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -284,18 +286,18 @@ class LabelWriter:
             self.waiting = []
 
 
-def one_behind(
-    found: Iterable[list[Face]], predict: Callable[[list[Face]], Any]
+def predicted(
+    found: Iterable[list[Face]], predict: Callable[[list[Face]], Any], pool: Executor, ahead: int
 ) -> Iterator[tuple[list[Face], Any]]:
-    """Yield batches with predictions; an accelerator computes the next while the caller handles one."""
-    before = None
+    """Yield batches with predictions, in order; the pool works at the next `ahead` while one is handled."""
+    waiting: deque[tuple[list[Face], Future]] = deque()
     for batch in found:
-        after = batch, predict(batch)
-        if before:
-            yield before
-        before = after
-    if before:
-        yield before
+        waiting.append((batch, pool.submit(predict, batch)))
+        if len(waiting) > ahead:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    for done, future in waiting:
+        yield done, future.result()
 
 
 def open_job(out: str | Path, source: Source, settings: dict[str, Any], about: dict[str, Any]) -> Job:
