@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/fer eval --model runs/demo/round-1/run/model --against runs/demo/first/model --data data/demo --split test --out runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --cov=modeling_fer --cov=train --cov=pseudo_label --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --cov=modeling_fer --cov=train --cov=pseudo_label --cov=cross_validate --cov-report=term:skip-covered
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

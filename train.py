@@ -44,8 +44,9 @@ from modeling_fer.learning.optimization import (
     weight_average,
 )
 from modeling_fer.learning.pretrain import pretrain_stage
+from modeling_fer.learning.video import video_stage
 
-STAGES = {"pretrain": pretrain_stage, "image": image_stage}
+STAGES = {"pretrain": pretrain_stage, "image": image_stage, "video": video_stage}
 
 
 # --- Parts ---

@@ -5,32 +5,42 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+from modeling_fer import FerForVideoClassification
 from modeling_fer.data import schema
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.pixels import ENDINGS, UnreadableImageError, decode, decode_split
 from modeling_fer.data.prepare import prepare
 from modeling_fer.data.report import show
 from modeling_fer.data.sources import SOURCES
+from modeling_fer.data.splits import visible_folders
 from modeling_fer.data.tally import digest
+from modeling_fer.data.videos import recording
+from modeling_fer.evaluation import plots, submission
 from modeling_fer.evaluation.comparison import compare, write_comparison
 from modeling_fer.evaluation.report import summary, write_report
 from modeling_fer.labels import CLASSES, IGNORE
 from modeling_fer.learning.inference import (
     class_names,
     load_classifier,
+    load_model,
     over_all_classes,
     predict_probabilities,
 )
+from modeling_fer.learning.timelines import predict_folder, predict_split, tracks_of
 
 DEFAULT_MODEL = "runs/demo/round-1/run/model"
+TIMELINES = 4  # videos that an evaluation draws
+COPY_SIZE = 48  # pixels at which copies of training images are looked for
 
 
 def data_prepare(args: argparse.Namespace) -> int:
@@ -56,31 +66,47 @@ def resampling_groups(split: Dataset) -> tuple[np.ndarray | None, str]:
     labelled = np.flatnonzero(np.asarray(split.with_format("numpy")["expression"][:]) != IGNORE)
     for column in ("video", "subject"):
         ids = split[column][:]
+        if column == "video":  # two people's tracks of one recording are resampled together
+            ids = [None if video is None else recording(video) for video in ids]
         found = {ids[row] for row in labelled}
         if None not in found and len(found) > 1:
             return np.asarray(ids, dtype=object), f"{column}s"
     return None, "images"
 
 
-def predict_split(folder: str, split: Dataset, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities `(N, 8)` of a split by a model, and the pixels that it saw."""
-    model, processor = load_classifier(folder)
-    pixels = decode_split(split, processor.size["height"], Path(args.data) / "cache")
+def predict_rows(folder: str, split: Dataset, args: argparse.Namespace) -> np.ndarray:
+    """Probabilities `(N, 8)` of a split by a model of stills or of videos."""
+    model, processor = load_model(folder)
+    cache = Path(args.data) / "cache"
+    if isinstance(model, FerForVideoClassification):
+        where = f"{args.data}, {args.split}"
+        return predict_split(model, processor, split, where, cache, args.batch_size)
+    pixels = decode_split(split, processor.size["height"], cache)
     normalize = Normalize(processor.image_mean, processor.image_std)
     found = predict_probabilities(model, pixels, normalize, args.batch_size, show_progress=True)
-    return over_all_classes(found, class_names(model)), pixels
+    return over_all_classes(found, class_names(model))
+
+
+def draw_timelines(split: Dataset, probabilities: np.ndarray, where: str, out: Path) -> None:
+    """Draw the longest videos of a split, if it is one of videos."""
+    if None in split["video"][:]:
+        return
+    found = sorted(tracks_of(split, where), key=lambda track: (-len(track.frames), track.video))
+    for number, track in enumerate(found[:TIMELINES]):
+        shown = (probabilities[track.rows], track.labels, track.frames)
+        plots.save(plots.timeline_figure(*shown, CLASSES, track.video), out / f"timeline_{number}.png")
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Evaluate a classifier on one split of a prepared data set."""
     split = schema.load(args.data, args.split)[args.split]
     references = np.asarray(split.with_format("numpy")["expression"][:])
-    probabilities, pixels = predict_split(args.model, split, args)
+    probabilities = predict_rows(args.model, split, args)
     about = {"model": args.model, "data": args.data, "split": args.split}
     if args.drop_train_copies:
-        train = schema.load(args.data, "train")["train"]
-        trained = set(map(digest, decode_split(train, pixels.shape[-1], Path(args.data) / "cache")))
-        copies = np.array([digest(face) in trained for face in pixels])
+        decoded = partial(decode_split, size=COPY_SIZE, cache_dir=Path(args.data) / "cache")
+        trained = set(map(digest, decoded(schema.load(args.data, "train")["train"])))
+        copies = np.array([digest(face) in trained for face in decoded(split)])
         references = np.where(copies, IGNORE, references)
         about["dropped"] = f"{copies.sum()} images whose pixels are also in train"
         print(about["dropped"])
@@ -88,12 +114,47 @@ def evaluate(args: argparse.Namespace) -> int:
     metrics = write_report(Path(args.out), references, probabilities, CLASSES, about, groups, unit)
     print(f"{args.model} on {args.split} of {args.data}\n{summary(metrics)}")
     if args.against:
-        first = predict_split(args.against, split, args)[0].argmax(-1)
+        first = predict_rows(args.against, split, args).argmax(-1)
         result = compare(references, first, probabilities.argmax(-1), groups=groups)
         print(f"from {args.against} to {args.model}, paired over {unit}:")
         print(write_comparison(Path(args.out), result, (args.against, args.model)))
+    draw_timelines(split, probabilities, f"{args.data}, {args.split}", Path(args.out))
     print(f"written: {args.out}")
     return 0
+
+
+def submission_make(args: argparse.Namespace) -> int:
+    """Predict every frame that a template lists; exit status 1 where a video of it is unknown."""
+    template = submission.read_template(args.template)
+    model, processor = load_model(args.model)
+    folders: dict[str, Path] = {}
+    for path in (p for root in args.frames for p in visible_folders(Path(root))):
+        if path.name in folders:
+            raise ValueError(f"{folders[path.name]} and {path} are of one video: leave out one of the roots")
+        folders[path.name] = path
+    predictions, skipped = {}, 0
+
+    def skip(name: str, reason: str) -> None:
+        nonlocal skipped
+        skipped += 1
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+
+    for video in tqdm(template.videos, desc="videos"):
+        if video in folders:
+            predictions[video] = predict_folder(model, processor, folders[video], skip, args.batch_size)
+    report = submission.make(template, predictions, args.out, args.edition, args.fill)
+    print(report.text())
+    if skipped:
+        print(f"{skipped} files were skipped", file=sys.stderr)
+    print(f"written: {args.out}")
+    return 1 if report.unknown else 0
+
+
+def submission_check(args: argparse.Namespace) -> int:
+    """Compare a submission with its template; exit status 1 where it would be rejected."""
+    faults = submission.check(args.file, submission.read_template(args.template), args.edition)
+    print("\n".join(faults) if faults else f"{args.file}: good")
+    return 1 if faults else 0
 
 
 def find_images(paths: list[str]) -> Iterator[Path]:
@@ -190,6 +251,32 @@ def build_parser() -> argparse.ArgumentParser:
     evaluating.add_argument("--against", help="an earlier model, to say by how much this one is better")
     evaluating.add_argument("--batch-size", type=at_least_one, default=256)
     evaluating.set_defaults(run=evaluate)
+
+    submitting = commands.add_parser("submission", help="challenge submissions").add_subparsers(
+        dest="action", required=True
+    )
+    making = submitting.add_parser("make", help="predict every frame of a template")
+    making.add_argument("--model", required=True, help="model folder, of videos or of stills")
+    making.add_argument(
+        "--frames", required=True, nargs="+", help="folders of <video>/<frame>.jpg, cropped and aligned"
+    )
+    making.add_argument("--template", required=True, help="the organisers' list of frames")
+    making.add_argument("--out", required=True, help="file to write; a folder for edition 3")
+    making.add_argument(
+        "--fill",
+        default="nearest",
+        help="for frames without a face: nearest (predicted frame of the video), or the name of a class",
+    )
+    making.add_argument("--batch-size", type=at_least_one, default=256)
+    making.set_defaults(run=submission_make)
+    checking = submitting.add_parser("check", help="compare a submission with its template")
+    checking.add_argument("file", help="submission; a folder for edition 3")
+    checking.add_argument("--template", required=True, help="the organisers' list of frames")
+    checking.set_defaults(run=submission_check)
+    for one in (making, checking):
+        one.add_argument(
+            "--edition", type=int, default=8, choices=submission.EDITIONS, help="of the challenge"
+        )
 
     predicting = commands.add_parser("predict", help="expression of face crops")
     predicting.add_argument("paths", nargs="+", help="images, or folders of them")

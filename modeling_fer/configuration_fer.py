@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig, ViTConfig
 EXPRESSIONS = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "Surprise", "Other")
 
 POOLINGS = ("mean", "cls", "pooler")
+HEADS = ("transformer", "convolution", "none")
 
 
 class FerConfig(PreTrainedConfig):
@@ -22,15 +23,22 @@ class FerConfig(PreTrainedConfig):
             the encoder's own `pooler`.
         classifier_dropout: probability of dropping a feature before the classifier.
         initializer_range: standard deviation of new linear weights.
-        temporal_head: kind of temporal head of the video model.
+        temporal_head: how the video model looks at neighbouring frames: `transformer`, `convolution`, `none`.
         temporal_hidden_size, temporal_num_layers, temporal_num_heads: its width and depth.
-        temporal_window: frames to each side that a frame may attend to.
-        temporal_causal: a frame sees only itself and the past.
+        temporal_window: frames to each side that a frame of the transformer attends to, in each layer.
+        temporal_causal: a frame sees only itself and the past, so that streams can be followed.
+        temporal_dropout: probability of dropping a feature within the temporal head.
+        frame_rate: frames a second of the videos that the temporal head learnt from; times are counted in it.
+        num_frames: frames that the video model was trained on at once, and that the stock
+            `video-classification` pipeline takes of a video.
+        postprocess: what turns frame logits into probabilities (`postprocess_fer.PostProcess` as a dict), or
+            None: a softmax.
         id2label: class names by id. Default: the eight Aff-Wild2 classes in their order.
 
     Raises:
         ValueError: unknown pooling, an encoder that is no vision transformer (one `hidden_size`,
-            `image_size` and `patch_size`), or class names that repeat.
+            `image_size` and `patch_size`), an unknown temporal head or one whose sizes do not fit, or class
+            names that repeat.
     """
 
     model_type = "abaw_fer"
@@ -47,6 +55,10 @@ class FerConfig(PreTrainedConfig):
     temporal_num_heads: int = 4
     temporal_window: int = 64
     temporal_causal: bool = False
+    temporal_dropout: float = 0.1
+    frame_rate: float = 30.0
+    num_frames: int = 128
+    postprocess: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         if self.encoder_config is None:
@@ -62,6 +74,16 @@ class FerConfig(PreTrainedConfig):
             self.encoder_config = AutoConfig.for_model(values.pop("model_type", "vit"), **values)
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.temporal_head not in HEADS:
+            raise ValueError(f"temporal_head must be one of {', '.join(HEADS)}, got {self.temporal_head!r}")
+        if self.temporal_hidden_size % (2 * self.temporal_num_heads):
+            raise ValueError(
+                f"temporal_hidden_size {self.temporal_hidden_size} must divide by twice temporal_num_heads "
+                f"{self.temporal_num_heads}: rotary positions turn pairs of features"
+            )
+        for name in ("temporal_window", "temporal_num_layers", "num_frames", "frame_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         kind = type(self.encoder_config).__name__
         side = (int, list, tuple)
         for name, types in {"hidden_size": (int,), "image_size": side, "patch_size": side}.items():

@@ -1,6 +1,7 @@
 """Facial-expression models: a vision encoder of transformers, pooled to one vector a face, and heads."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,14 +9,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import ModelOutput
 
 from .configuration_fer import FerConfig
+from .postprocess_fer import PostProcess
+from .temporal_fer import StreamState, TemporalEncoder
 
 # Which class each Auto class loads for people without the package (`trust_remote_code=True`).
 AUTO_MAP = {
     "AutoConfig": "configuration_fer.FerConfig",
     "AutoModel": "modeling_fer.FerModel",
     "AutoModelForImageClassification": "modeling_fer.FerForImageClassification",
+    "AutoModelForVideoClassification": "modeling_fer.FerForVideoClassification",
 }
 IGNORE_INDEX = -1  # label of an example that does not count
 
@@ -47,7 +52,7 @@ class FerPreTrainedModel(PreTrainedModel):
     config_class = FerConfig
     base_model_prefix = "fer"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)  # type: ignore[assignment]
+    input_modalities = ("image", "video")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -100,7 +105,8 @@ class FerPreTrainedModel(PreTrainedModel):
 class FerModel(FerPreTrainedModel):
     """Images of faces to feature vectors: encoder, pooling, layer norm."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]  # noqa: RUF012, loading features from a classifier is usual
+    # Loading features from a classifier is usual.
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^temporal\."]  # noqa: RUF012
 
     def __init__(self, config: FerConfig):
         super().__init__(config)
@@ -193,4 +199,150 @@ class FerForImageClassification(FerPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
-__all__ = ["FerForImageClassification", "FerModel"]
+@dataclass
+class FerVideoOutput(ModelOutput):
+    """What the video model says of `B` videos of `T` frames.
+
+    Attributes:
+        loss: mean cross-entropy over frames that are there and labelled, if labels were given.
+        logits: `(B, C)` of each video as a whole, the mean over its frames.
+        frame_logits: `(B, T, C)`, 0 where there is no frame; before any post-processing.
+        last_hidden_state: `(B, T, width)` of the temporal head.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    frame_logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+
+
+@dataclass
+class VideoStream:
+    """A stream that the model follows: what its temporal head remembers, and its post-processing."""
+
+    temporal: StreamState
+    postprocess: Any
+
+
+class FerForVideoClassification(FerPreTrainedModel):
+    """Expression of every frame of videos of one face, and of each video as a whole.
+
+    Frames are face crops, or their features (`FerModel`'s `pooler_output`). With `temporal_causal` it also
+    follows streams, frame by frame: `init_stream` and `step`.
+    """
+
+    def __init__(self, config: FerConfig):
+        super().__init__(config)
+        self.fer = FerModel(config)
+        self.temporal = TemporalEncoder(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(self.temporal.width, len(config.class_names))
+        self.post_init()
+
+    @property
+    def postprocess(self) -> PostProcess:
+        """What turns frame logits into probabilities; see `postprocess_fer`."""
+        return PostProcess.from_dict(
+            {**(self.config.postprocess or {}), "causal": self.config.temporal_causal}
+        )
+
+    def encode_frames(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features `(B, T, D)` of frames `(B, T, 3, H, W)`, each for itself."""
+        return self.fer(pixel_values.flatten(0, 1)).pooler_output.unflatten(0, pixel_values.shape[:2])
+
+    def positions(self, frame_times: torch.Tensor | None, shape: torch.Size, device: Any) -> torch.Tensor:
+        """Positions `(B, T)` in frames, float64, of times in seconds; None: frames follow one another."""
+        if frame_times is not None:
+            return frame_times.to(device, torch.float64) * self.config.frame_rate
+        return torch.arange(shape[1], dtype=torch.float64, device=device).expand(shape)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        frame_features: torch.Tensor | None = None,
+        frame_mask: torch.Tensor | None = None,
+        frame_times: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs,
+    ) -> FerVideoOutput | tuple:
+        """Classify videos.
+
+        Args:
+            pixel_values: `(B, T, 3, H, W)` face crops, or `(T, 3, H, W)` of one video, scaled and normalised
+                by the checkpoint's image processor.
+            frame_features: `(B, T, D)` features of the frames, in place of pixels.
+            frame_mask: `(B, T)` bool, True where there is a frame; None: everywhere.
+            frame_times: `(B, T)` in seconds, rising; None: frames follow one another at `config.frame_rate`.
+            labels: class ids `(B, T)`, -1 where a frame does not count.
+            return_dict: return a `FerVideoOutput` rather than a tuple.
+            kwargs: ignored; transformers' pipelines pass their own.
+
+        Raises:
+            ValueError: neither or both of pixels and features, or shapes that do not fit.
+        """
+        if (pixel_values is None) == (frame_features is None):
+            raise ValueError("pass either pixel_values or frame_features")
+        if frame_features is None:
+            pixels: Any = pixel_values
+            frame_features = self.encode_frames(pixels if pixels.ndim == 5 else pixels[None])
+        shape, device = frame_features.shape[:2], frame_features.device
+        for name, given in {"frame_mask": frame_mask, "frame_times": frame_times, "labels": labels}.items():
+            if given is not None and given.shape != shape:
+                raise ValueError(f"{name} must be of shape {tuple(shape)}, got {tuple(given.shape)}")
+        mask = torch.ones(shape, dtype=torch.bool, device=device) if frame_mask is None else frame_mask.bool()
+        hidden = self.temporal(frame_features, mask, self.positions(frame_times, shape, device))
+        frame_logits = self.classifier(self.dropout(hidden)) * mask[..., None]
+        loss = None
+        if labels is not None:
+            counted = torch.where(mask, labels, IGNORE_INDEX)
+            losses = nn.functional.cross_entropy(
+                frame_logits.flatten(0, 1), counted.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            loss = losses / (counted != IGNORE_INDEX).sum().clamp(min=1)
+        logits = frame_logits.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        output = FerVideoOutput(loss=loss, logits=logits, frame_logits=frame_logits, last_hidden_state=hidden)
+        return output if return_dict else output.to_tuple()
+
+    def init_stream(self, batch_size: int = 1) -> VideoStream:
+        """State of `batch_size` streams before their first frame.
+
+        Raises:
+            ValueError: the model looks ahead (`temporal_causal` is False).
+        """
+        if not self.config.temporal_causal:
+            raise ValueError(
+                "this model looks at later frames too: a stream needs one trained with temporal_causal=True"
+            )
+        like = self.classifier.weight
+        smoothing = self.postprocess.init_stream(batch_size, len(self.config.class_names), like.device)
+        return VideoStream(self.temporal.start(batch_size, like), smoothing)
+
+    def step(
+        self, frame_features: torch.Tensor, stream: VideoStream, frame_times: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, VideoStream]:
+        """Follow streams by one frame, or by several; what a frame costs does not grow with the stream.
+
+        Args:
+            frame_features: `(B, D)` of the next frame of each stream, or `(B, n, D)` of the next `n`.
+            stream: what `init_stream` or the last step returned; it is left as it is.
+            frame_times: `(B,)` or `(B, n)` in seconds, rising; None: frames follow one another.
+
+        Returns:
+            Logits and post-processed probabilities, `(B, C)` or `(B, n, C)`, and the state for the next step.
+        """
+        if one := frame_features.ndim == 2:
+            frame_features = frame_features[:, None]
+            frame_times = None if frame_times is None else frame_times[:, None]
+        shape, device = frame_features.shape[:2], frame_features.device
+        positions = self.positions(frame_times, shape, device)
+        if frame_times is None:
+            positions = positions + stream.temporal.next_position[:, None]
+        hidden, temporal = self.temporal.extend(frame_features, stream.temporal, positions)
+        logits = self.classifier(self.dropout(hidden))
+        probabilities, smoothing = self.postprocess.step(logits, stream.postprocess, positions)
+        found = (logits[:, 0], probabilities[:, 0]) if one else (logits, probabilities)
+        return *found, VideoStream(temporal, smoothing)
+
+
+__all__ = ["FerForImageClassification", "FerForVideoClassification", "FerModel"]

@@ -67,6 +67,18 @@ class Collection:
             )
         return rows if len(carrying) == len(rows) else rows.select(carrying)
 
+    def frames(self, split: str) -> Dataset:
+        """All rows of a split of the labelled folders, with a label or without: what a video consists of.
+
+        Raises:
+            ValueError: no labelled folder has such a split.
+        """
+        parts = [data[split] for _, data in self.folders["labelled"] if split in data]
+        if not parts:
+            found = "; ".join(f"{path} has {', '.join(data)}" for path, data in self.folders["labelled"])
+            raise ValueError(f"{self.text} has no {split} split ({found}); prepare the data with one")
+        return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
     def true_labels(self) -> int:
         """How many rows of `labelled("train")`, the first ones, have a label that no model gave."""
         parts = [data["train"] for _, data in self.folders["labelled"] if "train" in data]

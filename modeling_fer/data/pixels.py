@@ -74,7 +74,7 @@ def decode_split(
     shape = (len(dataset), 3, size, size)
     if cache_dir is None or not len(dataset):  # no memory map can be empty
         pixels = np.empty(shape, np.uint8)
-        for start, batch in _batches(dataset, size, show_progress):
+        for start, batch in decoded_batches(dataset, size, show_progress):
             pixels[start : start + len(batch)] = batch
         return pixels
     key = hashlib.blake2b(f"{VERSION} {size} {dataset._fingerprint}".encode(), digest_size=12).hexdigest()
@@ -87,7 +87,7 @@ def decode_split(
             with beside.open("wb") as file:
                 header = {"descr": np.dtype(np.uint8).str, "fortran_order": False, "shape": shape}
                 write_array_header_1_0(file, header)
-                for _, batch in _batches(dataset, size, show_progress):
+                for _, batch in decoded_batches(dataset, size, show_progress):
                     file.write(batch.tobytes())
             os.replace(beside, path)
         finally:
@@ -95,10 +95,15 @@ def decode_split(
     return np.load(path, mmap_mode="r")
 
 
-def _batches(dataset: Dataset, size: int, show_progress: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the first row and the pixels (n, 3, size, size) of batch after batch.
+def decoded_batches(
+    dataset: Dataset, size: int, show_progress: bool, batch_size: int = BATCH
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the first row and the pixels uint8 (n, 3, size, size) of batch after batch.
 
     Threads help because PIL decodes and resizes outside Python's lock.
+
+    Raises:
+        ValueError: an image cannot be decoded; the message names its row.
     """
     encoded = (
         dataset.select_columns(["image"]).cast_column("image", ImageFeature(decode=False)).with_format(None)
@@ -120,7 +125,7 @@ def _batches(dataset: Dataset, size: int, show_progress: bool) -> Iterator[tuple
             total=len(encoded), desc="decoding", unit="image", disable=None if show_progress else True
         ) as progress,
     ):
-        for start in range(0, len(encoded), BATCH):
-            cells = encoded[start : start + BATCH]["image"]
+        for start in range(0, len(encoded), batch_size):
+            cells = encoded[start : start + batch_size]["image"]
             yield start, np.stack(list(pool.map(work, itertools.count(start), cells)))
             progress.update(len(cells))

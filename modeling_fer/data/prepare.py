@@ -229,8 +229,10 @@ def _check_rows(source: str, options: Any, counts: dict[str, dict[str, int]], le
 
 
 def _publishable(options: Any) -> dict[str, Any]:
-    """Return the options with every path cut to its last part."""
+    """Return the options with every path cut to its last part, also where commas separate several."""
     return {
-        name: Path(value).name if isinstance(value, str) and os.sep in value else value
+        name: ",".join(Path(part).name for part in value.split(","))
+        if isinstance(value, str) and os.sep in value
+        else value
         for name, value in dataclasses.asdict(options).items()
     }

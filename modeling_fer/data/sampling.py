@@ -47,6 +47,16 @@ def feedback_weights(shares: np.ndarray, recall: np.ndarray | None = None, bound
     return weights / weights.sum()
 
 
+def _shuffled(members: np.ndarray, start: int, length: int, seed: list[int]) -> np.ndarray:
+    """`length` members from place `start` of an endless stream of random permutations, `(length,)`."""
+    if not length:
+        return np.empty(0, np.int64)
+    size = len(members)
+    first, last = start // size, (start + length - 1) // size
+    passes = [np.random.default_rng([*seed, i]).permutation(size) for i in range(first, last + 1)]
+    return members[np.concatenate(passes)[start - first * size :][:length]]
+
+
 class DebiasFeedbackSampler(Sampler[int]):
     """Indices of labelled examples, class by class in wanted proportions, cut by process.
 
@@ -69,6 +79,8 @@ class DebiasFeedbackSampler(Sampler[int]):
         seed: any non-negative integer.
         rank, world_size: this process and how many there are.
         round_batches: global batches of a round; 0: one pass over the data.
+        groups: group of each example (its video, say). Those of a class then come by turns, an example each,
+            so that a class is not drawn from its largest groups alone; a small group's come round sooner.
 
     Raises:
         ValueError: a class without examples, or a batch that does not divide by the processes.
@@ -84,6 +96,7 @@ class DebiasFeedbackSampler(Sampler[int]):
         rank: int = 0,
         world_size: int = 1,
         round_batches: int = 0,
+        groups: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
@@ -92,12 +105,17 @@ class DebiasFeedbackSampler(Sampler[int]):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie between 0 (natural) and 1 (uniform over classes), got {alpha}")
         labels = np.asarray(labels)
+        self.size = len(labels)
         self.members = [np.flatnonzero(labels == c) for c in range(num_classes)]
         self.counts = np.array([len(m) for m in self.members])
         if empty := np.flatnonzero(self.counts == 0).tolist():
             raise ValueError(
                 f"classes {empty} have no examples to draw; leave them out of the model or add data"
             )
+        self.turns: list[list[np.ndarray]] | None = None
+        if groups is not None:
+            of = np.asarray(groups)
+            self.turns = [[m[of[m] == g] for g in np.unique(of[m])] for m in self.members]
         self.data = hashlib.blake2b(labels.astype(np.int64).tobytes(), digest_size=8).hexdigest()
         self.batch_size, self.alpha, self.seed = batch_size, alpha, seed
         self.rank, self.world_size = rank, world_size
@@ -111,6 +129,15 @@ class DebiasFeedbackSampler(Sampler[int]):
         """Probability `(C,)` with which each class is drawn."""
         weights = self.counts ** (1.0 - self.alpha) * self.class_weights
         return weights / weights.sum()
+
+    def example_probabilities(self) -> np.ndarray:
+        """Probability `(N,)` with which each example is drawn in the long run; 0 for negative labels."""
+        found = np.zeros(self.size)
+        for c, share in enumerate(self.class_probabilities()):
+            groups = [self.members[c]] if self.turns is None else self.turns[c]
+            for group in groups:
+                found[group] = share / len(groups) / len(group)
+        return found
 
     def set_class_weights(self, weights: Sequence[float] | np.ndarray) -> None:
         """Hand in class weights `(C,)`, positive and finite, the same on every process, between rounds.
@@ -145,14 +172,23 @@ class DebiasFeedbackSampler(Sampler[int]):
     def _stretch(self, c: int, start: int, length: int) -> np.ndarray:
         """Part of the endless stream of a class: one random permutation of its examples after another.
 
-        Rounds of unchanged weights go on where the last stopped: no example comes again before all have.
+        Rounds of unchanged weights go on where the last stopped: no example comes again before all have. With
+        groups it is a stream of groups, and each group's turns go through a stream of its examples.
         """
-        if not length:
-            return np.empty(0, np.int64)
-        size = len(self.members[c])
-        first, last = start // size, (start + length - 1) // size
-        passes = [np.random.default_rng([self.seed, c, i]).permutation(size) for i in range(first, last + 1)]
-        return self.members[c][np.concatenate(passes)[start - first * size :][:length]]
+        if self.turns is None:
+            return _shuffled(self.members[c], start, length, [self.seed, c])
+        groups = self.turns[c]
+        numbers = _shuffled(np.arange(len(groups)), start, length, [self.seed, c])
+        order = np.empty(length, np.int64)
+        for number in np.unique(numbers):
+            places = np.flatnonzero(numbers == number)
+            # A group comes once in every pass over the groups: the pass says which of its turns this is.
+            turn = (start + places) // len(groups)
+            stream = _shuffled(
+                groups[number], int(turn[0]), int(turn[-1] - turn[0]) + 1, [self.seed, c, int(number)]
+            )
+            order[places] = stream[turn - turn[0]]
+        return order
 
     def __iter__(self) -> Iterator[int]:
         batches = self.global_order().reshape(-1, self.batch_size)[self.batches_done :]

@@ -150,6 +150,48 @@ def image_rows_figure(rows: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
+def timeline_figure(
+    probabilities: np.ndarray,
+    references: np.ndarray,
+    frames: np.ndarray,
+    class_names: Sequence[str],
+    title: str,
+) -> Figure:
+    """One video: probability of each class by frame as shades, labels and predictions as lines.
+
+    Args:
+        probabilities: `(n, C)` of the frames that there are.
+        references: class ids `(n,)`, -1 where a frame has no label.
+        frames: their numbers `(n,)`, rising; where some are missing the picture is blank.
+        class_names: names of the C classes.
+        title: what stands above.
+    """
+    first, last = int(frames[0]), int(frames[-1])
+    # A long video is thinned to what a picture can show.
+    step = max(1, (last - first + 1) // 4000)
+    columns = (frames - first) // step
+    shades = np.full((len(class_names), (last - first) // step + 1), np.nan)
+    shades[:, columns] = probabilities.T
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    axes = figure.subplots()
+    extent = (first, last + 1, len(class_names) - 0.5, -0.5)
+    image = axes.imshow(
+        shades, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest", extent=extent
+    )
+    lines = np.full((2, shades.shape[1]), np.nan)
+    lines[0, columns] = np.where(references >= 0, references, np.nan)
+    lines[1, columns] = probabilities.argmax(1)
+    places = first + step * (np.arange(shades.shape[1]) + 0.5)
+    axes.plot(places, lines[0], color=ORANGE, linewidth=3, label="label", solid_capstyle="butt")
+    axes.plot(places, lines[1], color="black", linewidth=1, label="prediction")
+    axes.set_yticks(range(len(class_names)), class_names)
+    axes.set_xlabel("Frame")
+    axes.set_title(title)
+    axes.legend(loc="upper right", fontsize=8)
+    figure.colorbar(image, label="Probability")
+    return figure
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, whole or not at all; equal figures make equal files."""
     buffer = io.BytesIO()

@@ -45,7 +45,9 @@ class FerTrainingArguments:
         "pseudo=DIR, unlabelled=DIR, separated by commas or given by repeated --data",
     )
     output_dir: str = option("", "folder of the run: model, metrics, history, checkpoints")
-    stage: str = option("image", "what to train: pretrain (masked autoencoding) or image")
+    stage: str = option(
+        "image", "what to train: pretrain (masked autoencoding), image, or video (a temporal head)"
+    )
     cache_dir: str = option("", "where decoded pixels are kept; default: <data>/cache")
 
     encoder: str = option(
@@ -65,6 +67,24 @@ class FerTrainingArguments:
     mask_ratio: float = option(0.75, "pretrain: share of patches that are hidden")
     decoder_hidden_size: int = option(96, "pretrain: width of the decoder")
     decoder_layers: int = option(2, "pretrain: layers of the decoder")
+
+    temporal_head: str = option(
+        "transformer", "video: transformer, convolution or none (each frame for itself)"
+    )
+    temporal_hidden_size: int = option(256, "of the temporal head")
+    temporal_layers: int = option(4, "of the temporal head")
+    temporal_heads: int = option(4, "attention heads of the temporal transformer")
+    temporal_window: int = option(64, "frames to each side that a frame attends to in each layer")
+    temporal_dropout: float = option(0.1, "in the temporal head")
+    causal: bool = option(False, "video: a frame sees only the past, so that the model can follow streams")
+    num_frames: int = option(128, "video: frames of a training window")
+    frame_rate: float = option(30.0, "video: frames a second of the data, kept in the model")
+    frame_masking: float = option(0.15, "video: share of frames whose features are hidden in training")
+    speed_jitter: float = option(0.25, "video: training speed between 1 / (1 + this) and 1 + this")
+    feature_noise: float = option(0.1, "video: deviation of noise on the features in training")
+    class_loss: str = option("logit_adjusted", "video: plain, balanced or logit_adjusted")
+    folds: int = option(0, "video: judge by one of so many folds of the training videos; 0: by validation")
+    fold: int = option(0, "video: which fold, from 0")
 
     lora_rank: int = option(0, "rank of LoRA adapters on the encoder; 0: full fine-tuning")
     lora_targets: str = option("attention", "attention, mlp or all")
@@ -153,7 +173,9 @@ class FerTrainingArguments:
 
     def __post_init__(self) -> None:
         choices = {
-            "stage": ("pretrain", "image"),
+            "stage": ("pretrain", "image", "video"),
+            "temporal_head": ("transformer", "convolution", "none"),
+            "class_loss": ("plain", "balanced", "logit_adjusted"),
             "classes": ("all", "present"),
             "augmentation": ("weak", "strong", "crop", "none"),
             "strong_augmentation": ("strong", "weak", "none"),
@@ -186,6 +208,11 @@ class FerTrainingArguments:
             "decoder_layers",
             "mu",
             "stream_memory",
+            "temporal_hidden_size",
+            "temporal_layers",
+            "temporal_heads",
+            "temporal_window",
+            "num_frames",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
@@ -202,6 +229,10 @@ class FerTrainingArguments:
             "feedback_weight",
             "student_lambda_x",
             "round_steps",
+            "speed_jitter",
+            "feature_noise",
+            "folds",
+            "fold",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
@@ -222,7 +253,14 @@ class FerTrainingArguments:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
 
-        for name in ("threshold_momentum", "debias_momentum", "teacher_ema", "finetune", "holdout"):
+        for name in (
+            "threshold_momentum",
+            "debias_momentum",
+            "teacher_ema",
+            "finetune",
+            "holdout",
+            "frame_masking",
+        ):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if not 1 <= self.sampler_bound < math.inf:
@@ -251,6 +289,17 @@ class FerTrainingArguments:
                 raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
         if self.stage == "pretrain" and (self.encoder or self.lora_rank):
             raise ValueError("--stage pretrain trains a new ViT whole: leave out --encoder and --lora_rank")
+        if self.stage == "video":
+            if not self.encoder:
+                raise ValueError(
+                    "--stage video needs the image model whose features it learns from: --encoder RUN/model"
+                )
+            if self.method != "supervised" or self.lora_rank or self.layer_decay != 1:
+                raise ValueError(
+                    "--method, --lora_rank and --layer_decay are for stage image: leave them out"
+                )
+            if self.folds == 1 or (self.folds and self.fold >= self.folds):
+                raise ValueError(f"--folds {self.folds} --fold {self.fold}: 2 folds or more, counted from 0")
         if self.stage == "pretrain" and (self.method != "supervised" or self.layer_decay != 1):
             raise ValueError(
                 "--method and --layer_decay are for stage image: leave them out of --stage pretrain"

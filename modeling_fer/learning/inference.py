@@ -9,16 +9,17 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForVideoClassification
 
+from modeling_fer import FerForVideoClassification
 from modeling_fer.data.augment import Normalize
 from modeling_fer.labels import CLASSES
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def load_classifier(folder: str | Path) -> tuple[Any, Any]:
-    """Load a still-image classifier and its image processor from a folder.
+def load_model(folder: str | Path) -> tuple[Any, Any]:
+    """Load a saved model, of stills or of videos as its configuration says, and its image processor.
 
     Raises:
         FileNotFoundError: no such folder, or one without configuration, weights or image processor.
@@ -39,8 +40,11 @@ def load_classifier(folder: str | Path) -> tuple[Any, Any]:
                 f"{folder} holds no {what} ({' or '.join(names)}); "
                 "pass the folder that training saved, usually RUN/model"
             )
+    config = AutoConfig.from_pretrained(folder)
+    is_video = "FerForVideoClassification" in (config.architectures or ())
+    architecture: Any = AutoModelForVideoClassification if is_video else AutoModelForImageClassification
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+        model, info = architecture.from_pretrained(folder, output_loading_info=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder}: the weights are damaged, or do not fit config.json: {error}") from error
     if info["missing_keys"]:  # they would be random numbers
@@ -51,6 +55,18 @@ def load_classifier(folder: str | Path) -> tuple[Any, Any]:
             f"{folder / 'config.json'}: id2label names {unknown} are not among our classes {list(CLASSES)}"
         )
     return model.eval(), ViTImageProcessor.from_pretrained(folder)
+
+
+def load_classifier(folder: str | Path) -> tuple[Any, Any]:
+    """Load a still-image classifier and its image processor, as `load_model` does.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`; also ValueError for a model of videos.
+    """
+    model, processor = load_model(folder)
+    if isinstance(model, FerForVideoClassification):
+        raise ValueError(f"{folder} is a model of videos: pass the image model that it was made from")
+    return model, processor
 
 
 def class_names(model: nn.Module) -> list[str]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+from modeling_fer.data import schema
 from modeling_fer.data.drawing.acting import (
     EXPRESSIONS,
     VISIBLE,
@@ -20,11 +21,13 @@ from modeling_fer.data.drawing.acting import (
 )
 from modeling_fer.data.drawing.face import ACTION_NAMES, Actions, Face, Identity, View
 from modeling_fer.data.drawing.render import SMALLEST, render
+from modeling_fer.data.prepare import prepare
 from modeling_fer.data.sources.synthetic import (
     BY_FREQUENCY,
     SUBJECT_SHARES,
     SyntheticOptions,
     apportion,
+    bursts,
     class_counts,
     examples,
     identity,
@@ -340,9 +343,59 @@ def test_videos_are_rows_of_the_schema(films):
             assert all(0 < label < NUM_CLASSES for label in runs[1::2])
 
 
+def test_spoilt_frames_are_dark_and_grainy_and_nothing_else_changes(films):
+    noisy = list(examples(dataclasses.replace(FILMS, frame_noise=0.3)))
+    assert noisy == list(examples(dataclasses.replace(FILMS, frame_noise=0.3)))
+    pairs = list(zip(films, noisy, strict=True))
+    assert all(a == dataclasses.replace(b, image=a.image) for a, b in pairs)
+    spoilt = [(a, b) for a, b in pairs if a.image != b.image]
+    assert len(spoilt) / len(pairs) == pytest.approx(0.3, abs=0.1)
+    assert {a.split for a, _ in spoilt} == {a.split for a in films}
+    means = np.array([(decoded(a).mean(), decoded(b).mean()) for a, b in spoilt])
+    assert means[:, 1].mean() < 0.7 * means[:, 0].mean()
+    rough = np.array(
+        [[np.abs(np.diff(decoded(row).astype(int), axis=1)).mean() for row in pair] for pair in spoilt]
+    )
+    assert rough[:, 1].mean() > 1.2 * rough[:, 0].mean()
+
+
+@given(seed=st.integers(0, 2**32), share=st.floats(0, 0.7, allow_subnormal=False), frames=st.integers(0, 300))
+def test_bursts_are_of_one_to_four_frames(seed, share, frames):
+    found = bursts(frames, share, np.random.default_rng(seed))
+    assert found == sorted(set(found))
+    assert set(found) <= set(range(frames))
+    flags = "".join("x" if k in set(found) else " " for k in range(frames))
+    assert all(len(run) <= 4 for run in flags.split())
+    assert found or share < 0.7 or frames < 100
+    assert bursts(frames, 0, np.random.default_rng(seed)) == []
+
+
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.7])
+def test_bursts_have_their_share_wherever_in_the_video(share):
+    counts = np.zeros(40)
+    for seed in range(1500):
+        counts[bursts(40, share, np.random.default_rng([seed]))] += 1
+    deviation = np.sqrt(share * (1 - share) / 1500)
+    assert counts / 1500 == pytest.approx(share, abs=5 * deviation)
+    assert counts.mean() / 1500 == pytest.approx(share, rel=0.06)
+
+
+def test_videos_can_be_prepared_and_every_split_has_them(tmp_path):
+    options = SyntheticOptions(subjects=8, image_size=16, videos=8, frames=20, frame_noise=0.2)
+    prepare("synthetic", options, tmp_path / "out", show_progress=False)
+    data = schema.load(tmp_path / "out")
+    assert set(data) == set(SUBJECT_SHARES)
+    videos = {split: set(rows["video"][:]) for split, rows in data.items()}
+    assert sum(map(len, videos.values())) == len(set.union(*videos.values())) == 8
+    for rows in data.values():
+        assert rows["frame"][:] == list(range(20)) * (len(rows) // 20)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"frame_noise": 0.8}, r"frame_noise must be from 0 to 0\.7, got 0\.8"),
+        ({"frame_noise": float("nan")}, "frame_noise must be from 0"),
         ({"subjects": 3}, "subjects must be at least 4, got 3"),
         ({"image_size": 8}, "image_size must be at least 16, got 8"),
         ({"imbalance": 0.5}, r"imbalance must be at least 1, got 0\.5"),

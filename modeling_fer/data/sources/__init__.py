@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from modeling_fer.data.schema import Item
-from modeling_fer.data.sources import fer2013, folder, synthetic
+from modeling_fer.data.sources import aff_wild2, fer2013, folder, frames, synthetic, videos
 
 
 class Source(NamedTuple):
@@ -18,4 +18,7 @@ SOURCES = {
     "fer2013": Source(fer2013.Fer2013Options, fer2013.examples),
     "folder": Source(folder.FolderOptions, folder.examples),
     "synthetic": Source(synthetic.SyntheticOptions, synthetic.examples),
+    "aff_wild2": Source(aff_wild2.AffWild2Options, aff_wild2.examples),
+    "frames": Source(frames.FramesOptions, frames.examples),
+    "videos": Source(videos.VideosOptions, videos.examples),
 }

@@ -10,20 +10,14 @@ hidden files aside.
 
 import csv
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from modeling_fer.data.pixels import ENDINGS
 from modeling_fer.data.schema import Example, Item, Rejected
+from modeling_fer.data.splits import check_fractions, draw_split, split_folders, split_named
 from modeling_fer.labels import CONTEMPT_RULES, IGNORE, class_id
 
-SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "validation": "validation", "val": "validation", "valid": "validation",
-    "test": "test",
-    "unlabeled": "unlabeled", "unlabelled": "unlabeled",
-}  # fmt: skip
 METADATA = "metadata.csv"
 
 
@@ -57,12 +51,7 @@ class FolderOptions:
     )
 
     def __post_init__(self) -> None:
-        fractions = (self.validation_fraction, self.test_fraction)
-        if min(fractions) < 0 or sum(fractions) >= 1:
-            raise ValueError(
-                "validation_fraction and test_fraction must not be negative and must leave a rest for train, "
-                f"got {self.validation_fraction} and {self.test_fraction}"
-            )
+        check_fractions(self.validation_fraction, self.test_fraction)
         if self.contempt not in CONTEMPT_RULES:
             raise ValueError(f"contempt must be one of {', '.join(CONTEMPT_RULES)}, got {self.contempt!r}")
 
@@ -120,13 +109,9 @@ def examples(options: FolderOptions) -> Iterator[Item]:
                 continue
             else:
                 split = "unlabeled"
-        try:
-            image = row.path.read_bytes()
-        except FileNotFoundError:
-            yield Rejected(origin, "missing file")
-            continue
-        except OSError:
-            yield Rejected(origin, "unreadable")
+        image = read_image(row.path, origin)
+        if isinstance(image, Rejected):
+            yield image
             continue
         yield Example(
             split=split,
@@ -140,14 +125,20 @@ def examples(options: FolderOptions) -> Iterator[Item]:
         )
 
 
+def read_image(path: Path, origin: str) -> bytes | Rejected:
+    """Return the bytes of an image file, or why there are none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return Rejected(origin, "missing file")
+    except OSError:
+        return Rejected(origin, "unreadable")
+
+
 def _draw(row: _Row, name: str, options: FolderOptions) -> str:
-    """Return the split of an image by a hash to [0, 1): the same for all images of a subject."""
+    """Return the split of an image, the same for all images of a subject."""
     who = f"subject {row.subject}" if row.subject is not None else f"file {name}"
-    digest = hashlib.blake2b(f"{options.seed} {who}".encode(), digest_size=8).digest()
-    place = int.from_bytes(digest, "big") / 2**64
-    if place < options.test_fraction:
-        return "test"
-    return "validation" if place < options.test_fraction + options.validation_fraction else "train"
+    return draw_split(who, options.validation_fraction, options.test_fraction, options.seed)
 
 
 def _rows(root: Path, options: FolderOptions) -> Iterator[_Row]:
@@ -158,14 +149,7 @@ def _rows(root: Path, options: FolderOptions) -> Iterator[_Row]:
     if options.unlabeled:
         yield from _tree(root, None)
         return
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    splits = {path: SPLIT_NAMES[path.name.lower()] for path in folders if path.name.lower() in SPLIT_NAMES}
-    if splits and len(splits) < len(folders):
-        other = next(path for path in folders if path not in splits)
-        raise ValueError(
-            f"{other}: not a split, beside the splits {', '.join(path.name for path in splits)}; "
-            f"splits are {', '.join(SPLIT_NAMES)}: rename it or move it away"
-        )
+    splits = split_folders(root)
     if not splits:
         yield from _class_folders(root, None)
     for path, split in splits.items():
@@ -227,16 +211,14 @@ def _metadata_row(folder: Path, place: str, cells: dict[str, str | None], split:
     }
     if "file_name" not in filled:
         raise ValueError(f"{place}: no file_name: fill it in or remove the row")
-    named = filled.get("split")
-    if named is not None and named.lower() not in SPLIT_NAMES:
-        raise ValueError(f"{place}: unknown split {named!r}, known: {', '.join(SPLIT_NAMES)}")
+    named = split_named(filled["split"], place) if "split" in filled else None
     frame = filled.get("frame")
     if frame is not None and not frame.isdecimal():
         raise ValueError(f"{place}: frame {frame!r} is not a whole number")
     return _Row(
         path=folder / filled["file_name"],
         place=place,
-        split=split or (SPLIT_NAMES[named.lower()] if named else None),
+        split=split or named,
         expression=filled.get("expression"),
         subject=filled.get("subject"),
         video=filled.get("video"),

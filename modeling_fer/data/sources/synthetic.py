@@ -9,6 +9,7 @@ import dataclasses
 import io
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,9 +28,11 @@ BY_FREQUENCY = ("Neutral", "Happiness", "Other", "Sadness", "Surprise", "Anger",
 FAINTEST = 0.6  # intensity of stills: from this to 1
 FRAMES_PER_EXPRESSION = 40  # of a video
 DRAWN_AT_ONCE = 64
+LONGEST_BURST = 4  # spoilt frames in a row
+SPOILT: dict[str, Any] = {"blur": 1.0, "brightness": 0.4, "noise": 0.2}  # how a spoilt frame is seen
 
 # What a random stream is for: the second number of its seed.
-IDENTITY, STILL, VIDEO, DECK = range(4)
+IDENTITY, STILL, VIDEO, DECK, NOISE = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,10 @@ class SyntheticOptions:
         metadata={"help": "videos to draw instead of stills, split like the subjects; 0 draws stills"},
     )
     frames: int = dataclasses.field(default=120, metadata={"help": "frames in each video"})
+    frame_noise: float = dataclasses.field(
+        default=0.0,
+        metadata={"help": "share of video frames that are spoilt, in bursts of 1 to 4; at most 0.7"},
+    )
     reveal_unlabeled: bool = dataclasses.field(
         default=False,
         metadata={"help": "write true labels into the unlabeled split, to measure pseudo-labels by"},
@@ -68,6 +75,8 @@ class SyntheticOptions:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not 0 <= self.frame_noise <= 0.7:
+            raise ValueError(f"frame_noise must be from 0 to 0.7, got {self.frame_noise}")
 
 
 def examples(options: SyntheticOptions) -> Iterator[Example]:
@@ -154,11 +163,33 @@ def _videos(options: SyntheticOptions) -> Iterator[tuple[Example, Face]]:
             rng = np.random.default_rng([options.seed, VIDEO, subject, index])
             segments = timeline(options.frames, deck[k * each : (k + 1) * each], rng)
             faces = film(identity(options, subject), options.frames, segments, rng)
+            spoilt = np.random.default_rng([options.seed, NOISE, subject, index])
+            for frame in bursts(options.frames, options.frame_noise, spoilt):
+                view = dataclasses.replace(faces[frame].view, **SPOILT)
+                faces[frame] = dataclasses.replace(faces[frame], view=view)
             for frame, label in enumerate(video_labels(options.frames, segments).tolist()):
                 origin = f"synthetic subject {subject} video {index} frame {frame}"
                 row = _row(split, origin, label, subject)
                 yield dataclasses.replace(row, video=f"v{number:04d}", frame=frame), faces[frame]
             number += 1
+
+
+def bursts(frames: int, share: float, rng: np.random.Generator) -> list[int]:
+    """Draw which of a video's frames are spoilt: bursts of 1 to 4, at least one good frame between them.
+
+    They are `share` of the frames on average, wherever in the video.
+    """
+    if share == 0:
+        return []
+    starts = share / (1 - share) / ((1 + LONGEST_BURST) / 2)  # chance of a burst after each good frame
+    place = -4 * LONGEST_BURST  # that it began with a gap is forgotten by frame 0
+    found: list[int] = []
+    while place < frames:
+        place += int(rng.geometric(starts))
+        length = int(rng.integers(1, LONGEST_BURST + 1))
+        found += range(max(place, 0), min(place + length, frames))
+        place += length
+    return found
 
 
 def _row(split: str, origin: str, expression: int, subject: int) -> Example:

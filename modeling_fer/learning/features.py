@@ -1,0 +1,128 @@
+"""Features of the frames of a split by a frozen image model: computed once, kept on the disk."""
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
+from tqdm import tqdm
+
+from modeling_fer.data.augment import Normalize
+from modeling_fer.data.pixels import decoded_batches
+
+VERSION = 1  # part of every key: raise it when features come out otherwise than before
+SHARD = 8192  # rows of one file
+
+
+class FrameFeatures:
+    """Features `(N, D)` in float16 of the rows of a split, memory-mapped from a folder of shards."""
+
+    dtype = np.float16
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        self.parts = [np.load(shard_path(folder, i), mmap_mode="r") for i in range(-(-rows // SHARD))]
+        self.shape = (rows, self.parts[0].shape[1])
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        wanted = np.arange(self.shape[0])[rows] if isinstance(rows, slice) else np.asarray(rows)
+        found = np.empty((len(wanted), self.shape[1]), self.dtype)
+        shards, places = np.divmod(wanted, SHARD)
+        for shard in np.unique(shards):
+            here = shards == shard
+            found[here] = self.parts[shard][places[here]]
+        return found
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """File of one shard."""
+    return folder / f"{number:05d}.npy"
+
+
+def model_digest(model: nn.Module, normalize: Normalize, size: int) -> str:
+    """A short text that changes with weights, architecture or what is done to pixels."""
+    state = hashlib.blake2b(digest_size=12)
+    config: Any = model.config
+    state.update(f"{VERSION} {size} {config.pooling} {config.encoder_config.to_json_string()}".encode())
+    given = {**model.state_dict(), "scale": normalize.scale, "shift": normalize.shift}
+    for name, values in sorted(given.items()):
+        state.update(name.encode() + values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+@torch.inference_mode()
+def frame_features(
+    model: nn.Module,
+    rows: Dataset,
+    normalize: Normalize,
+    size: int,
+    cache_dir: Path,
+    accelerator: Accelerator,
+    batch_size: int = 256,
+    precision: str = "no",
+) -> FrameFeatures:
+    """Features of every row by an image model, from the disk where they are there.
+
+    The folder's name is made of the model's weights, what is done to pixels, the precision and the data, so
+    that another model or other data never meet old features. Files are written whole, one a shard: a run that
+    was interrupted goes on with the next, and processes share the shards.
+
+    Args:
+        model: a `FerModel`.
+        rows: split with a column `image`.
+        normalize: what the model's pixels go through.
+        size: side of its images.
+        cache_dir: where the folder lies.
+        accelerator: the processes that share the work.
+        batch_size: frames that a device encodes at once.
+        precision: `no` or `bf16`.
+
+    Raises:
+        ValueError: an image cannot be decoded, or a feature is not finite.
+    """
+    key = hashlib.blake2b(
+        f"{model_digest(model, normalize, size)} {precision} {rows._fingerprint}".encode(), digest_size=12
+    ).hexdigest()
+    folder = cache_dir / f"features-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    device = accelerator.device
+    model, normalize = model.to(device), normalize.to(device)
+    was_training = model.training
+    model.eval()
+    count = -(-len(rows) // SHARD)
+    missing = [i for i in range(count) if not shard_path(folder, i).exists()]
+    accelerator.wait_for_everyone()  # all have looked before any writes
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(
+        total=sum(min(SHARD, len(rows) - i * SHARD) for i in mine),
+        desc="features",
+        unit="frame",
+        disable=None if accelerator.is_main_process and mine else True,
+    )
+    for shard in mine:
+        part = rows.select(range(shard * SHARD, min((shard + 1) * SHARD, len(rows))))
+        found = []
+        for _, pixels in decoded_batches(part, size, show_progress=False, batch_size=batch_size):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                images = normalize(torch.from_numpy(pixels).to(device))
+                found.append(model(pixel_values=images).pooler_output.half().cpu().numpy())
+            bar.update(len(pixels))
+        features = np.concatenate(found)
+        if not np.isfinite(features).all():
+            raise ValueError("features of the image model are not finite in float16: its weights are damaged")
+        beside = folder / f".{shard}.{uuid.uuid4().hex}"
+        try:
+            with beside.open("wb") as file:
+                np.save(file, features, allow_pickle=False)
+            os.replace(beside, shard_path(folder, shard))
+        finally:
+            beside.unlink(missing_ok=True)
+    bar.close()
+    model.train(was_training)
+    accelerator.wait_for_everyone()
+    return FrameFeatures(folder, len(rows))

@@ -1,0 +1,210 @@
+"""Stage video and cross-validation through their scripts: features, resumes, processes, bad input."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from safetensors.torch import load_file
+
+import train
+from modeling_fer import FerForVideoClassification
+from modeling_fer.cli import main
+from modeling_fer.data import schema
+from modeling_fer.data.shards import Shards
+from modeling_fer.learning.arguments import parse_arguments
+from modeling_fer.learning.inference import load_model
+from modeling_fer.learning.timelines import predict_split
+from tests.runs import run_here
+from tests.test_train import ROOT, TWO_PROCESSES, command, environment, history
+from tests.test_train_semi import assert_same_run
+
+TINY = {
+    "stage": "video",
+    "temporal_hidden_size": 16,
+    "temporal_layers": 1,
+    "temporal_heads": 2,
+    "temporal_window": 4,
+    "num_frames": 8,
+    "batch_size": 8,
+    "learning_rate": 1e-2,
+    "erasing": 0,
+    "dropout": 0,
+}
+
+
+def png(image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Six training videos and two others, of expressions that follow one another; some frames lack."""
+    out = tmp_path_factory.mktemp("videos") / "colours"
+    out.mkdir()
+    with Shards(out / "data") as shards:
+        for number in range(8):
+            split = "train" if number < 6 else "validation"
+            rng = np.random.default_rng(number)
+            for frame in np.sort(rng.permutation(64)[:56]).tolist():
+                expression = (frame // 8 + number) % 8
+                image = png(picture(expression, 100 * number + frame, size=16))
+                label = -1 if frame % 11 == 3 else expression
+                video = f"v{number // 2}_{('left', 'right')[number % 2]}" if number < 4 else f"w{number}"
+                shards.add(schema.Example(split, image, "", "colours", label, video=video, frame=frame + 1))
+    return out
+
+
+def arguments(videos, checkpoint, out, **options):
+    return command(videos, out, **{**TINY, "encoder": checkpoint, "image_size": 0, **options})[2:]
+
+
+@pytest.fixture(scope="module")
+def finished(videos, checkpoint, tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "video"
+    run_here(arguments(videos, checkpoint, out))
+    return out
+
+
+def test_a_run_leaves_a_model_of_videos_whose_encoder_is_that_of_the_image_model(finished, checkpoint):
+    model, processor = load_model(finished / "model")
+    assert isinstance(model, FerForVideoClassification)
+    ours, theirs = (
+        load_file(finished / "model/model.safetensors"),
+        load_file(checkpoint / "model.safetensors"),
+    )
+    encoder = [name for name in theirs if name.startswith("fer.")]
+    assert encoder
+    assert all(torch.equal(ours[name], theirs[name]) for name in encoder)
+    assert tuple(processor.image_mean) == (0.5, 0.4, 0.6)
+    assert [row["step"] for row in history(finished) if "validation/macro_f1" in row] == [4, 8, 12]
+
+
+def test_killed_and_resumed_is_uninterrupted(finished, videos, checkpoint, tmp_path):
+    argv = arguments(videos, checkpoint, tmp_path / "killed", resume="auto")
+    for step in (5, 11):
+        run_here(argv, killed_before=step)
+    run_here(argv)
+    assert_same_run(finished, tmp_path / "killed")
+
+
+def test_two_processes_learn_what_one_learns(videos, checkpoint, tmp_path):
+    """Frames of a batch are not shared out evenly: the loss is a mean over all of them nonetheless."""
+    data = tmp_path / "data"  # features are computed by two processes as well
+    options = {"augmentation": "none", "temporal_dropout": 0, "precision": "no", "max_steps": 6}
+    run_here(arguments(videos, checkpoint, tmp_path / "one", **options))
+    shutil.copytree(videos, data, ignore=shutil.ignore_patterns("cache"))
+    argv = [*TWO_PROCESSES, str(ROOT / "train.py"), *arguments(data, checkpoint, tmp_path / "two", **options)]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "two/checkpoints/step_00000006/own_1.pt").exists(), "one process only"
+    for a, b in zip(*(history(tmp_path / name) for name in ("one", "two")), strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"accuracy"}:  # that is a mean of the processes' own
+            assert a[key] == pytest.approx(b[key], abs=2e-5), key
+    a, b = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
+    for key in a:
+        # Attention does not depend on the keys' bias: its gradient is rounding, which Adam blows up.
+        tolerance = 1e-2 if key.endswith("query_key_value.bias") else 1e-5
+        assert torch.allclose(a[key], b[key], rtol=0, atol=tolerance), key
+
+
+def test_it_learns(videos, checkpoint, tmp_path):
+    """Frames told apart by their colour, by features of random weights."""
+    run_here(
+        arguments(
+            videos, checkpoint, tmp_path / "run", max_steps=120, eval_steps=60, save_steps=60, log_steps=30
+        )
+    )
+    scores = [row["validation/macro_f1"] for row in history(tmp_path / "run") if "validation/macro_f1" in row]
+    assert max(scores) > 0.5
+
+
+def test_features_are_kept_by_model_and_data(videos, checkpoint, tmp_path):
+    data, cache = tmp_path / "data", tmp_path / "data/cache"
+    shutil.copytree(videos, data, ignore=shutil.ignore_patterns("cache"))
+    model, processor = load_model(checkpoint)
+    video = FerForVideoClassification(model.config)
+    video.fer.load_state_dict(model.fer.state_dict())
+    video.eval()
+    rows = schema.load(data)["train"]
+    found = predict_split(video, processor, rows, "here", cache)
+    (folder,) = cache.glob("features-*")
+    (shard,) = folder.iterdir()
+    before = shard.stat().st_mtime_ns
+    assert np.array_equal(predict_split(video, processor, rows, "here", cache), found)
+    assert shard.stat().st_mtime_ns == before, "computed once"
+    with torch.no_grad():
+        next(video.fer.parameters()).add_(0.1)
+    predict_split(video, processor, rows, "here", cache)
+    assert len(list(cache.glob("features-*"))) == 2, "other weights, other features"
+    predict_split(video, processor, rows.select(range(20)), "here", cache)
+    assert len(list(cache.glob("features-*"))) == 3, "other data, other features"
+
+
+def test_cross_validation_scores_unseen_videos_and_stores_post_processing(
+    finished, videos, checkpoint, tmp_path, capsys
+):
+    model, out = tmp_path / "model", tmp_path / "folds"
+    shutil.copytree(finished / "model", model)
+    argv = arguments(videos, checkpoint, tmp_path / "unused", max_steps=20)
+    argv = [a for i, a in enumerate(argv) if "--output_dir" not in argv[max(0, i - 1) : i + 1]]
+    script = [
+        sys.executable,
+        str(ROOT / "cross_validate.py"),
+        "--k",
+        "3",
+        "--out",
+        str(out),
+        "--model",
+        str(model),
+    ]
+    for _ in range(2):  # the second time everything is there
+        done = subprocess.run(
+            [*script, *argv], env=environment(), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((out / "cross_validation.json").read_text())
+    assert len(result["folds"]) == 3
+    assert result["tuning"]["groups"] == 4, "left and right of a recording are one"
+    stored = json.loads((model / "config.json").read_text())["postprocess"]
+    assert stored == {k: v for k, v in result["postprocess"].items() if k != "causal"}
+    assert load_model(model)[0].postprocess.to_dict() == result["postprocess"]
+    # The part that a fold's run left out is what it was judged by.
+    trained = [json.loads((out / f"fold-{i}/arguments.json").read_text())["fold"] for i in range(3)]
+    assert trained == [0, 1, 2]
+    assert main(["eval", "--model", str(model), "--data", str(videos), "--out", str(tmp_path / "eval")]) == 0
+    assert "over videos" in capsys.readouterr().out
+    assert (tmp_path / "eval/timeline_1.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": ""}, "--stage video needs the image model"),
+        ({"encoder": "nowhere"}, "no model folder nowhere"),
+        ({"method": "fixmatch"}, "are for stage image: leave them out"),
+        ({"folds": 1}, "2 folds or more, counted from 0"),
+        ({"folds": 3, "fold": 3}, "2 folds or more, counted from 0"),
+        ({"folds": 9}, "must lie between 2 and that of groups, 4"),
+        ({"temporal_heads": 3}, "must divide by twice temporal_num_heads 3"),
+    ],
+)
+def test_what_cannot_be_trained_is_told(options, message, videos, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises((ValueError, OSError), match=message):
+        train.train(parse_arguments(arguments(videos, checkpoint, tmp_path / "run", **options)))
+
+
+def test_stills_are_no_videos(prepared, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="has rows without video and frame number: they are stills"):
+        train.train(parse_arguments(arguments(prepared, checkpoint, tmp_path / "run")))
