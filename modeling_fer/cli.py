@@ -89,7 +89,7 @@ def predict_rows(folder: str, split: Dataset, args: argparse.Namespace) -> np.nd
 
 def draw_timelines(split: Dataset, probabilities: np.ndarray, where: str, out: Path) -> None:
     """Draw the longest videos of a split, if it is one of videos."""
-    if None in split["video"][:]:
+    if None in split["video"][:] or None in split["frame"][:]:
         return
     found = sorted(tracks_of(split, where), key=lambda track: (-len(track.frames), track.video))
     for number, track in enumerate(found[:TIMELINES]):

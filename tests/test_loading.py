@@ -7,16 +7,17 @@ import subprocess
 import sys
 import textwrap
 
+import av
 import numpy as np
 import pytest
 import torch
 from conftest import picture
 from transformers import AutoConfig, AutoModelForImageClassification, pipeline
 
-from modeling_fer import CLASSES, FerConfig, FerForImageClassification, FerModel
+from modeling_fer import CLASSES, FerConfig, FerForImageClassification, FerForVideoClassification, FerModel
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.pixels import decode
-from modeling_fer.learning.inference import load_classifier, predict_probabilities
+from modeling_fer.learning.inference import load_classifier, load_model, predict_probabilities
 
 # The package may be installed: hide it, and only it (the code in a checkpoint has a module of that name).
 WITHOUT_THE_PACKAGE = """
@@ -87,13 +88,16 @@ def test_the_folder_holds_code_weights_and_no_pickle(checkpoint):
         "configuration_fer.py",
         "model.safetensors",
         "modeling_fer.py",
+        "postprocess_fer.py",
         "preprocessor_config.json",
+        "temporal_fer.py",
     }
     auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
     assert auto_map == {
         "AutoConfig": "configuration_fer.FerConfig",
         "AutoModel": "modeling_fer.FerModel",
         "AutoModelForImageClassification": "modeling_fer.FerForImageClassification",
+        "AutoModelForVideoClassification": "modeling_fer.FerForVideoClassification",
     }
 
 
@@ -168,7 +172,7 @@ def test_with_remote_code_and_without_the_package(checkpoint, expected, work):
     # What was saved without the package is whole: the package loads it, and the code in it is the same.
     again = FerForImageClassification.from_pretrained(work / "again")
     assert torch.equal(again(inputs()).logits, expected[0])
-    for name in ("configuration_fer.py", "modeling_fer.py"):
+    for name in ("configuration_fer.py", "modeling_fer.py", "postprocess_fer.py", "temporal_fer.py"):
         assert (work / "again" / name).read_bytes() == (checkpoint / name).read_bytes()
 
 
@@ -217,3 +221,79 @@ def test_a_checkpoint_moved_elsewhere_still_loads(checkpoint, tmp_path, expected
     config = AutoConfig.from_pretrained(tmp_path / "moved")
     assert type(config) is FerConfig
     assert torch.equal(FerModel.from_pretrained(tmp_path / "moved")(inputs()).pooler_output, expected[1])
+
+
+# -- videos -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def video_checkpoint(checkpoint, tmp_path_factory):
+    """A causal video model on the encoder of `checkpoint`, post-processed, with the same image processor."""
+    folder = tmp_path_factory.mktemp("video") / "model"
+    torch.manual_seed(1)
+    image_model, processor = load_classifier(checkpoint)
+    sizes = {
+        "temporal_hidden_size": 16,
+        "temporal_num_layers": 2,
+        "temporal_num_heads": 2,
+        "temporal_window": 4,
+    }
+    post = {"smoothing": "box", "half_width": 2, "temperature": 2.0, "bias": [0.5] + [0.0] * 7}
+    config = FerConfig(
+        encoder_config=image_model.config.encoder_config,
+        temporal_causal=True,
+        num_frames=6,
+        postprocess=post,
+        **sizes,
+    )
+    model = FerForVideoClassification(config)
+    model.fer.load_state_dict(image_model.fer.state_dict())
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_video_model_with_remote_code_alone(video_checkpoint, work):
+    x = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(3))
+    torch.save(x, work / "inputs.pt")
+    run(
+        WITHOUT_THE_PACKAGE
+        + textwrap.dedent("""
+        import torch
+        from transformers import AutoModelForVideoClassification
+        x = torch.load("inputs.pt", weights_only=True)
+        model = AutoModelForVideoClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+        with torch.no_grad():
+            logits = model(frame_features=x).frame_logits
+            stream = model.init_stream()
+            _, probabilities, stream = model.step(x, stream)
+            torch.save((logits, probabilities), "outputs.pt")
+        """),
+        work,
+        video_checkpoint,
+    )
+    model = FerForVideoClassification.from_pretrained(video_checkpoint)
+    with torch.no_grad():
+        logits = model(frame_features=x).frame_logits
+    assert torch.equal(outputs(work)[0], logits)
+    assert torch.allclose(outputs(work)[1], model.postprocess(logits), atol=1e-6)
+    assert not torch.allclose(outputs(work)[1], logits.softmax(-1), atol=1e-2)
+
+
+def test_the_stock_video_pipeline(video_checkpoint, tmp_path):
+    frames = [np.asarray(picture(i % 8, 7, size=32)) for i in range(10)]
+    with av.open(str(tmp_path / "faces.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25, width=32, height=32, pix_fmt="yuv420p")
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    classify = pipeline("video-classification", model=str(video_checkpoint), top_k=8)
+    found = {one["label"]: one["score"] for one in classify(str(tmp_path / "faces.mp4"))}
+    with av.open(str(tmp_path / "faces.mp4")) as container:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)][:6]
+    model, processor = load_model(video_checkpoint)
+    with torch.no_grad():
+        expected = model(processor(decoded, return_tensors="pt")["pixel_values"]).logits[0].softmax(-1)
+    assert [found[name] for name in CLASSES] == pytest.approx(expected.tolist(), abs=1e-5)

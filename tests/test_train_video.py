@@ -186,12 +186,44 @@ def test_cross_validation_scores_unseen_videos_and_stores_post_processing(
     assert (tmp_path / "eval/timeline_1.png").exists()
 
 
+def test_adapters_of_the_last_blocks_learn_with_the_head(finished, videos, checkpoint, tmp_path):
+    """Starting from a trained head; the first block and all that is not adapted stay as they were."""
+    out = tmp_path / "joint"
+    options = {"lora_rank": 2, "lora_layers": 1, "max_steps": 4, "encoder": finished / "model"}
+    run_here(arguments(videos, checkpoint, out, **options))
+    before, after = (load_file(run / "model/model.safetensors") for run in (finished, out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    encoder = {name for name in changed if name.startswith("fer.encoder")}
+    assert encoder
+    assert all(".1.attention." in name for name in encoder)
+    assert any(name.startswith("temporal.") for name in changed)
+    assert (out / "model/adapter/adapter_config.json").exists()
+    assert not [name for name in after if "lora" in name]
+    model, processor = load_model(out / "model")
+    assert isinstance(model, FerForVideoClassification)
+    (last,) = [row for row in history(out) if row["step"] == 4 and "validation/macro_f1" in row]
+    probabilities = predict_split(
+        model, processor, schema.load(videos)["validation"], "here", tmp_path / "cache"
+    )
+    labels = np.array(schema.load(videos)["validation"]["expression"][:])
+    accuracy = (probabilities.argmax(1) == labels)[labels >= 0].mean()
+    assert accuracy == pytest.approx(last["validation/accuracy"])
+
+
+def test_a_trained_head_goes_on_only_as_it_is(finished, videos, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    argv = arguments(videos, finished / "model", tmp_path / "run", temporal_window=5)
+    with pytest.raises(ValueError, match="is a video model with other temporal_window"):
+        train.train(parse_arguments(argv))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"encoder": ""}, "--stage video needs the image model"),
         ({"encoder": "nowhere"}, "no model folder nowhere"),
         ({"method": "fixmatch"}, "are for stage image: leave them out"),
+        ({"lora_rank": 2, "lora_targets": "none"}, "LoRA targets must be one of"),
         ({"folds": 1}, "2 folds or more, counted from 0"),
         ({"folds": 3, "fold": 3}, "2 folds or more, counted from 0"),
         ({"folds": 9}, "must lie between 2 and that of groups, 4"),

@@ -1,4 +1,4 @@
-"""ABAW submission files: read the organisers' template, write predictions in its order, check what was written.
+"""ABAW submission files: read the organisers' template, write predictions in its order, check the result.
 
 The template decides which frames are asked for: a video decoder can count one frame less than it, and frames
 without a face are asked for like all others.
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from modeling_fer.evaluation.metrics import Bools, Ints, write_whole
-from modeling_fer.labels import CLASSES, IGNORE, NUM_CLASSES, class_id
+from modeling_fer.labels import CLASSES, IGNORE, NUM_CLASSES
 
 # "file": one, with a row for each frame. "folder": a file for each video, with a line for each frame.
 EDITIONS = {3: "folder", 6: "file", 8: "file"}
@@ -89,8 +89,8 @@ def read_template(path: str | Path) -> Template:
                 continue
             if not (match := LOCATION.fullmatch(text)):
                 raise ValueError(
-                    f"{path}: line {number}: expected <video>/<frame number>.jpg and nothing but commas behind "
-                    f"it, got {text[:200]!r}"
+                    f"{path}: line {number}: expected <video>/<frame number>.jpg and nothing but commas "
+                    f"behind it, got {text[:200]!r}"
                 )
             locations.append(text)
             video.append(videos.setdefault(match[1], len(videos)))
@@ -118,8 +118,8 @@ def make(
 
     Args:
         template: the frames asked for.
-        predictions: video -> frame numbers (n,), in any order, and the classes (n,) or probabilities (n, 8) of
-            these frames.
+        predictions: video -> frame numbers (n,), in any order, and the classes (n,) or probabilities (n, 8)
+            of these frames.
         out: the file to write, for edition 3 the folder; each file appears whole or not at all.
         edition: of the competition, a key of `EDITIONS`.
         fill: what a frame without a prediction gets: `nearest`, the class of the nearest predicted frame of
@@ -137,9 +137,9 @@ def make(
             template that leaves frames out.
     """
     layout = _layout(edition, template)
-    constant = None if fill == "nearest" else class_id(fill)
-    if constant is None and fill != "nearest":
+    if fill not in ("nearest", *CLASSES):
         raise ValueError(f"fill must be nearest or one of {', '.join(CLASSES)}, got {fill!r}")
+    constant = None if fill == "nearest" else CLASSES.index(fill)
     classes = np.full(len(template), constant or 0)
     unknown, without, predicted, unused = [], [], 0, 0
     for video, rows in template.rows_by_video():
@@ -242,7 +242,7 @@ def _sorted_classes(video: str, frames: ArrayLike, values: ArrayLike) -> tuple[I
 
 
 def _nearest(frames: Ints, wanted: Ints) -> tuple[Ints, Bools]:
-    """Place of the nearest of rising `frames` (n,) for each `wanted` (m,), of two the earlier; is it the same?"""
+    """Place in rising `frames` (n,) of what is nearest to `wanted` (m,), of two the earlier; is it the same?"""
     after = np.searchsorted(frames, wanted).clip(max=len(frames) - 1)
     before = (after - 1).clip(min=0)
     place = np.where(np.abs(wanted - frames[before]) <= np.abs(frames[after] - wanted), before, after)
@@ -329,7 +329,7 @@ def _file_faults(path: Path, template: Template) -> Iterator[str]:
             seen[row], previous = True, row
     for row, there in enumerate(seen):
         if not there:
-            yield f"{path}: line {row + 2}: should be {template.locations[row]}, which is missing; add its row"
+            yield f"{path}: line {row + 2}: {template.locations[row]} should be here and is missing; add it"
 
 
 def _location_fault(location: str, videos: dict[str, int], keys: Ints) -> str:

@@ -14,8 +14,10 @@ LORA_TARGETS = {
 }
 
 
-def find_targets(model: nn.Module, kind: str) -> list[str]:
+def find_targets(model: nn.Module, kind: str, last: int = 0) -> list[str]:
     """Names of the encoder's linear layers of one kind, found by looking at the model.
+
+    With `last` above 0, only those in so many blocks, the last ones.
 
     Only layers inside numbered blocks count, so that poolers and heads stay out. Parameter names differ
     between encoders and between versions of transformers; none is assumed beyond attention being called so.
@@ -25,12 +27,16 @@ def find_targets(model: nn.Module, kind: str) -> list[str]:
     """
     if kind not in LORA_TARGETS:
         raise ValueError(f"LoRA targets must be one of {', '.join(LORA_TARGETS)}, got {kind!r}")
-    in_block = re.compile(r"(^|\.)encoder\..*?(?<=\.)\d+\.")
-    names = [
-        name
+    in_block = re.compile(r"(?:^|\.)encoder\..*?(?<=\.)(\d+)\.")
+    blocks = {
+        name: int(found[1])
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and in_block.search(name) and LORA_TARGETS[kind].search(name)
-    ]
+        if isinstance(module, nn.Linear)
+        and (found := in_block.search(name))
+        and LORA_TARGETS[kind].search(name)
+    }
+    first = max(blocks.values(), default=0) + 1 - last if last else 0
+    names = [name for name, block in blocks.items() if block >= first]
     if not names:
         raise ValueError(
             f"no {kind} linear layer found for LoRA in the encoder of {type(model).__name__}; "
@@ -40,11 +46,11 @@ def find_targets(model: nn.Module, kind: str) -> list[str]:
 
 
 def add_lora(
-    model: nn.Module, rank: int, targets: str = "attention", alpha: float | None = None
+    model: nn.Module, rank: int, targets: str = "attention", alpha: float | None = None, last: int = 0
 ) -> PeftModel:
     """Freeze the encoder and add LoRA adapters to it.
 
-    Pooling norm and classifier stay trainable and belong to the adapter. A fresh adapter changes nothing: its
+    Pooling norm and heads stay trainable and belong to the adapter. A fresh adapter changes nothing: its
     second matrix starts at zero.
 
     Args:
@@ -53,6 +59,7 @@ def add_lora(
         rank: rank of the update, at least 1.
         targets: a key of `LORA_TARGETS`.
         alpha: scale of the update is `alpha / rank`; default twice the rank.
+        last: adapt only so many blocks of the encoder, the last ones; 0: all.
 
     Raises:
         ValueError: rank below 1, unknown targets, or nothing to adapt.
@@ -64,8 +71,8 @@ def add_lora(
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
-        target_modules=find_targets(model, targets),
-        modules_to_save=["classifier", "fer.norm"],
+        target_modules=find_targets(model, targets, last),
+        modules_to_save=["classifier", "fer.norm", *(["temporal"] if hasattr(model, "temporal") else [])],
     )
     return get_peft_model(model, config)
 

@@ -88,6 +88,7 @@ class FerTrainingArguments:
 
     lora_rank: int = option(0, "rank of LoRA adapters on the encoder; 0: full fine-tuning")
     lora_targets: str = option("attention", "attention, mlp or all")
+    lora_layers: int = option(0, "adapt only so many blocks of the encoder, the last ones; 0: all")
     lora_alpha: float = option(0.0, "scale of the update is alpha / rank; 0: twice the rank")
 
     method: str = option("supervised", "image: supervised, fixmatch or feedback (teacher and student)")
@@ -233,6 +234,7 @@ class FerTrainingArguments:
             "feature_noise",
             "folds",
             "fold",
+            "lora_layers",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
@@ -294,10 +296,8 @@ class FerTrainingArguments:
                 raise ValueError(
                     "--stage video needs the image model whose features it learns from: --encoder RUN/model"
                 )
-            if self.method != "supervised" or self.lora_rank or self.layer_decay != 1:
-                raise ValueError(
-                    "--method, --lora_rank and --layer_decay are for stage image: leave them out"
-                )
+            if self.method != "supervised" or self.layer_decay != 1:
+                raise ValueError("--method and --layer_decay are for stage image: leave them out")
             if self.folds == 1 or (self.folds and self.fold >= self.folds):
                 raise ValueError(f"--folds {self.folds} --fold {self.fold}: 2 folds or more, counted from 0")
         if self.stage == "pretrain" and (self.method != "supervised" or self.layer_decay != 1):

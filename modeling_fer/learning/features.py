@@ -39,6 +39,50 @@ class FrameFeatures:
         return found
 
 
+class EncodedFrames:
+    """Features `(N, D)` in float16 of pixels, computed whenever they are asked for.
+
+    Args:
+        model: a `FerModel`.
+        pixels: uint8 `(N, 3, H, W)`.
+        normalize: what the model's pixels go through.
+        batch_size: frames that the device encodes at once.
+        precision: `no` or `bf16`.
+    """
+
+    dtype = np.float16
+
+    def __init__(
+        self, model: nn.Module, pixels: np.ndarray, normalize: Normalize, batch_size: int, precision: str
+    ) -> None:
+        self.model, self.pixels, self.normalize = model, pixels, normalize
+        self.batch_size, self.precision = batch_size, precision
+        config: Any = model.config
+        self.shape = (len(pixels), config.encoder_config.hidden_size)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        wanted = self.pixels[rows]
+        starts = range(0, len(wanted), self.batch_size)
+        parts = (wanted[start : start + self.batch_size] for start in starts)
+        return np.concatenate([encode(self.model, part, self.normalize, self.precision) for part in parts])
+
+
+@torch.inference_mode()
+def encode(model: nn.Module, pixels: np.ndarray, normalize: Normalize, precision: str = "no") -> np.ndarray:
+    """Features `(n, D)` in float16 of uint8 frames `(n, 3, H, W)` by a `FerModel`, on its device.
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        images = normalize.to(device)(torch.from_numpy(np.ascontiguousarray(pixels)).to(device))
+        features = model(pixel_values=images).pooler_output.half().cpu().numpy()
+    if not np.isfinite(features).all():
+        raise ValueError("features of the image model are not finite in float16: its weights are damaged")
+    return features
+
+
 def shard_path(folder: Path, number: int) -> Path:
     """File of one shard."""
     return folder / f"{number:05d}.npy"
@@ -55,7 +99,6 @@ def model_digest(model: nn.Module, normalize: Normalize, size: int) -> str:
     return state.hexdigest()
 
 
-@torch.inference_mode()
 def frame_features(
     model: nn.Module,
     rows: Dataset,
@@ -90,8 +133,7 @@ def frame_features(
     ).hexdigest()
     folder = cache_dir / f"features-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    device = accelerator.device
-    model, normalize = model.to(device), normalize.to(device)
+    model.to(accelerator.device)
     was_training = model.training
     model.eval()
     count = -(-len(rows) // SHARD)
@@ -108,17 +150,12 @@ def frame_features(
         part = rows.select(range(shard * SHARD, min((shard + 1) * SHARD, len(rows))))
         found = []
         for _, pixels in decoded_batches(part, size, show_progress=False, batch_size=batch_size):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                images = normalize(torch.from_numpy(pixels).to(device))
-                found.append(model(pixel_values=images).pooler_output.half().cpu().numpy())
+            found.append(encode(model, pixels, normalize, precision))
             bar.update(len(pixels))
-        features = np.concatenate(found)
-        if not np.isfinite(features).all():
-            raise ValueError("features of the image model are not finite in float16: its weights are damaged")
         beside = folder / f".{shard}.{uuid.uuid4().hex}"
         try:
             with beside.open("wb") as file:
-                np.save(file, features, allow_pickle=False)
+                np.save(file, np.concatenate(found), allow_pickle=False)
             os.replace(beside, shard_path(folder, shard))
         finally:
             beside.unlink(missing_ok=True)

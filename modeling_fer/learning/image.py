@@ -143,6 +143,16 @@ def freeze_unused(model: nn.Module, image_size: int) -> list[str]:
     return unused
 
 
+def save_model(processor: Any, model: nn.Module, folder: Path) -> None:
+    """Write a model with its processor; an adapter is merged, and kept beside it."""
+    model = copy.deepcopy(model)
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder / "adapter")
+    plain: Any = merge_lora(model)
+    plain.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 def image_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> Stage:
     """Set up training of a still-image classifier, on labelled faces and perhaps unlabelled ones."""
     collection = Collection(arguments.data)
@@ -161,7 +171,13 @@ def image_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
     freeze_unused(model, image_size)
     trained: nn.Module = model
     if arguments.lora_rank:
-        trained = add_lora(model, arguments.lora_rank, arguments.lora_targets, arguments.lora_alpha or None)
+        trained = add_lora(
+            model,
+            arguments.lora_rank,
+            arguments.lora_targets,
+            arguments.lora_alpha or None,
+            arguments.lora_layers,
+        )
 
     decode = partial(
         decode_split,
@@ -223,12 +239,5 @@ def image_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
         keys = ("macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy", "ece", "nll")
         return {key: metrics[key] for key in keys}
 
-    def save(model: nn.Module, folder: Path) -> None:
-        model = copy.deepcopy(model)
-        if isinstance(model, PeftModel):
-            save_adapter(model, folder / "adapter")
-        plain: Any = merge_lora(model)
-        plain.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
+    save = partial(save_model, processor)
     return Stage(trained, Pool(dataset, order), make_step, evaluate, "macro_f1", save, feed)

@@ -20,7 +20,7 @@ from modeling_fer.data.videos import list_frames, recording
 from modeling_fer.data.windows import Frames, Track, tracks
 from modeling_fer.evaluation.tuning import VideoLogits
 from modeling_fer.labels import CLASSES
-from modeling_fer.learning.features import frame_features
+from modeling_fer.learning.features import encode, frame_features
 from modeling_fer.learning.inference import class_names, over_all_classes, predict_probabilities
 
 CHUNK = 512  # frames of a stream at once, where all are there
@@ -191,7 +191,6 @@ def predict_folder(
     files, rejected = list_frames(folder, folder.name)
     for item in rejected:
         skip(item.origin, item.reason)
-    device = next(model.parameters()).device
     numbers, found = [], []
     waiting: list[np.ndarray] = []
 
@@ -200,12 +199,11 @@ def predict_folder(
             return
         pixels = np.stack(waiting)
         waiting.clear()
-        if is_video:
-            with torch.inference_mode():
-                images = normalize.to(device)(torch.from_numpy(pixels).to(device))
-                found.append(model.fer(images).pooler_output.half().cpu().numpy())
-        else:
-            found.append(predict_probabilities(model, pixels, normalize, batch_size))
+        found.append(
+            encode(model.fer, pixels, normalize)
+            if is_video
+            else predict_probabilities(model, pixels, normalize, batch_size)
+        )
 
     for number, name in files.items():
         try:

@@ -1,5 +1,6 @@
 """Stage `video`: a temporal head on the features of a trained image model."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -10,28 +11,34 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from scipy.special import softmax
 from torch import nn
 from torch.nn import functional as F
 
-from modeling_fer import FerConfig, FerForImageClassification, FerForVideoClassification
+from modeling_fer import FerConfig, FerForVideoClassification
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.collection import Collection
 from modeling_fer.data.feed import Pool
+from modeling_fer.data.pixels import decode_split
 from modeling_fer.data.sampling import DebiasFeedbackSampler
 from modeling_fer.data.videos import recording
 from modeling_fer.data.windows import Track, WindowDataset
 from modeling_fer.evaluation.metrics import compute_metrics
 from modeling_fer.evaluation.tuning import folds_by_group
 from modeling_fer.labels import IGNORE
+from modeling_fer.learning.adapters import add_lora, merge_lora
 from modeling_fer.learning.arguments import FerTrainingArguments
-from modeling_fer.learning.features import frame_features
-from modeling_fer.learning.image import choose_classes
-from modeling_fer.learning.inference import load_classifier, over_all_classes
+from modeling_fer.learning.features import EncodedFrames, frame_features
+from modeling_fer.learning.image import choose_classes, freeze_unused, save_model
+from modeling_fer.learning.inference import load_model, over_all_classes
 from modeling_fer.learning.losses import FrameLoss
 from modeling_fer.learning.stage import Stage
 from modeling_fer.learning.step import Batch, Logs, PlainStep, Step
 from modeling_fer.learning.timelines import predict_tracks, tracks_of
+
+# Fields that may change when the training of a video model goes on.
+TRAINING_OPTIONS = ("temporal_dropout", "classifier_dropout", "num_frames")
 
 
 class WindowView(nn.Module):
@@ -78,12 +85,13 @@ class WindowView(nn.Module):
         }
 
     def distort(self, features: torch.Tensor) -> torch.Tensor:
-        """Hide some frames of `(B, T, D)` and add noise."""
+        """Hide some frames of `(B, T, ...)` and add noise."""
         if not self.training:
             return features
-        kept = torch.rand(features.shape[:2]) >= self.masking
-        noise = torch.randn(features.shape) * self.noise
-        return (features + noise.to(features)) * kept.to(features.device)[..., None]
+        kept = (torch.rand(features.shape[:2]) >= self.masking).to(features.device)
+        if self.noise:
+            features = features + (torch.randn(features.shape) * self.noise).to(features)
+        return features * kept.view(*kept.shape, *[1] * (features.ndim - 2))
 
 
 class VideoStep(PlainStep):
@@ -138,10 +146,12 @@ def split_fold(found: Sequence[Track], folds: int, fold: int, seed: int) -> tupl
     ]
 
 
-def build_model(
-    arguments: FerTrainingArguments, image_model: FerForImageClassification, classes: list[str]
-) -> FerForVideoClassification:
-    """A new temporal head on the encoder of a trained image model."""
+def build_model(arguments: FerTrainingArguments, start: Any, classes: list[str]) -> FerForVideoClassification:
+    """A new temporal head on the encoder of a trained image model, or all of a trained video model.
+
+    Raises:
+        ValueError: the arguments ask for another temporal head or other classes than the video model has.
+    """
     options = {
         "temporal_head": arguments.temporal_head,
         "temporal_hidden_size": arguments.temporal_hidden_size,
@@ -155,14 +165,23 @@ def build_model(
         "frame_rate": arguments.frame_rate,
         "id2label": dict(enumerate(classes)),
     }
-    config: Any = image_model.config
+    config: Any = start.config
     shared = {
         "encoder_config": config.encoder_config,
         "pooling": config.pooling,
         "image_size": config.image_size,
     }
     model = FerForVideoClassification(FerConfig(**shared, **options))
-    model.fer.load_state_dict(image_model.fer.state_dict())
+    if not isinstance(start, FerForVideoClassification):
+        model.fer.load_state_dict(start.fer.state_dict())
+        return model
+    known = {name: getattr(config, name) for name in options if name not in TRAINING_OPTIONS}
+    if other := [name for name, value in known.items() if value != options[name]]:
+        raise ValueError(
+            f"--encoder {arguments.encoder} is a video model with other {', '.join(other)}: ask for its own, "
+            "or start from its image model"
+        )
+    model.load_state_dict(start.state_dict())
     return model
 
 
@@ -180,27 +199,39 @@ def video_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
     labels = np.concatenate([track.labels for track in found])
     classes = choose_classes(labels[labels != IGNORE], arguments.classes, arguments.data)
 
-    image_model, processor = load_classifier(arguments.encoder)
-    model = build_model(arguments, image_model, classes)
+    start, processor = load_model(arguments.encoder)
+    model = build_model(arguments, start, classes)
     normalize = Normalize(processor.image_mean, processor.image_std)
-    encode_rows = partial(
-        frame_features,
-        model.fer,
-        normalize=normalize,
-        size=model.config.image_size,
-        cache_dir=Path(arguments.cache_dir or collection.cache_dir),
-        accelerator=accelerator,
-        batch_size=arguments.eval_batch_size,
-        precision=arguments.precision,
-    )
-    features = encode_rows(rows)
-    judged_features = features if judged_rows is rows else encode_rows(judged_rows)
-    model.fer.requires_grad_(False)
+    cache_dir = Path(arguments.cache_dir or collection.cache_dir)
+    size, batch_size = model.config.image_size, arguments.eval_batch_size
+    trained: nn.Module = model
+    load: Callable[[Dataset], Any]
+    if arguments.lora_rank:  # the encoder learns, too: frames are pixels
+        alpha = arguments.lora_alpha or None
+        freeze_unused(model, size)
+        trained = add_lora(model, arguments.lora_rank, arguments.lora_targets, alpha, arguments.lora_layers)
+        show = accelerator.is_main_process
+        load = partial(decode_split, size=size, cache_dir=cache_dir, show_progress=show)
+    else:
+        model.fer.requires_grad_(False)
+        load = partial(
+            frame_features,
+            model.fer,
+            normalize=normalize,
+            size=size,
+            cache_dir=cache_dir,
+            accelerator=accelerator,
+            batch_size=batch_size,
+            precision=arguments.precision,
+        )
+    with accelerator.main_process_first() if arguments.lora_rank else contextlib.nullcontext():
+        values = load(rows)
+        judged_values = values if judged_rows is rows else load(judged_rows)
 
     jitter, masking, noise = arguments.speed_jitter, arguments.frame_masking, arguments.feature_noise
-    view = WindowView(arguments.num_frames, jitter, masking, noise)
+    view = WindowView(arguments.num_frames, jitter, masking, 0.0 if arguments.lora_rank else noise)
     view.train(arguments.augmentation != "none")
-    dataset = WindowDataset(features, found, classes, view.slots(), max(1, arguments.num_frames // 2))
+    dataset = WindowDataset(values, found, classes, view.slots(), max(1, arguments.num_frames // 2))
     order = DebiasFeedbackSampler(
         dataset.pieces.label,
         len(classes),
@@ -218,11 +249,17 @@ def video_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
     device = accelerator.device
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
 
+    def inputs(values: torch.Tensor) -> dict[str, torch.Tensor]:
+        if values.ndim == 3:
+            return {"frame_features": view.distort(values.float())}
+        images = normalize.to(device)(values.flatten(0, 1)).unflatten(0, values.shape[:2])
+        return {"pixel_values": view.distort(images)}
+
     def make_step(prepared: nn.Module, steps: int) -> Step:
         return VideoStep(
             prepared,
             view,
-            lambda values: {"frame_features": view.distort(values.float())},
+            inputs,
             autocast,
             criterion.to(device),
             partial(accelerator.reduce, reduction="mean"),
@@ -233,15 +270,16 @@ def video_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
         raise ValueError(f"{arguments.data}: no frame of the videos to judge by has a label")
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
-        logits = predict_tracks(model, judged_features, judged, accelerator)
+        features: Any = judged_values
+        if arguments.lora_rank:
+            model = merge_lora(copy.deepcopy(model)).eval().to(device)
+            encoder: Any = model.fer
+            features = EncodedFrames(encoder, judged_values, normalize, batch_size, arguments.precision)
+        logits = predict_tracks(model, features, judged, accelerator)
         found = over_all_classes(softmax(np.concatenate(logits), axis=-1), classes)
         metrics = compute_metrics(references, found.argmax(-1), found, bootstrap_samples=0)
         keys = ("macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy", "ece", "nll")
         return {key: metrics[key] for key in keys}
 
-    def save(model: nn.Module, folder: Path) -> None:
-        plain: Any = copy.deepcopy(model)
-        plain.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
-    return Stage(model, Pool(dataset, order), make_step, evaluate, "macro_f1", save)
+    save = partial(save_model, processor)
+    return Stage(trained, Pool(dataset, order), make_step, evaluate, "macro_f1", save)

@@ -1,0 +1,269 @@
+"""Temporal heads side by side: each frame for itself, smoothed, convolution, encoder; causal and both ways.
+
+All heads learn from the same features of one frozen image model, on the same videos, with the same steps.
+Their post-processing (temperature, smoothing, bias) is fitted on the validation split, which also chooses the
+step; the test split is reported. Each difference is paired over test videos.
+
+- `synthetic`: drawn videos in which frames are spoilt at random, so that a still alone is ambiguous.
+- `simulated`: streams put together from stills of FER+, each frame another still of the same expression: not
+  videos, only a test of gathering evidence over frames. Stills for training, choosing and testing are
+  different ones, and the image model was trained on none of them.
+- `speed`: frames a second offline, and what a frame of a stream costs, of the default head.
+
+    fer data prepare synthetic --videos 400 --subjects 400 --frame_noise 0.4 --frames 160 \\
+        --out data/temporal_synthetic
+    fer data prepare synthetic --seed 1 --subjects 400 --train 6000 --unlabeled 0 --out data/temporal_stills
+    python train.py --config configs/demo.yaml --data data/temporal_stills --output_dir runs/temporal_image
+    python -m benchmarks.temporal synthetic --data data/temporal_synthetic --encoder runs/temporal_image/model
+
+    python -m benchmarks.temporal simulated --stills data/ferplus --data data/temporal_simulated \\
+        --encoder runs/ferplus_finetune_cpu/model --classes present
+    python -m benchmarks.temporal speed
+"""
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Image
+
+import train
+from modeling_fer import FerConfig, FerForVideoClassification
+from modeling_fer.data import schema
+from modeling_fer.data.augment import Normalize
+from modeling_fer.data.collection import expressions_of
+from modeling_fer.data.shards import Shards
+from modeling_fer.evaluation.comparison import compare
+from modeling_fer.evaluation.metrics import compute_metrics, write_whole
+from modeling_fer.evaluation.tuning import VideoLogits, apply, fit
+from modeling_fer.labels import IGNORE
+from modeling_fer.learning.arguments import parse_arguments
+from modeling_fer.learning.features import FrameFeatures, frame_features
+from modeling_fer.learning.inference import class_names, load_model
+from modeling_fer.learning.optimization import cpu_cores
+from modeling_fer.learning.timelines import predict_frames, predict_tracks, tracks_of, video_logits
+from modeling_fer.postprocess_fer import PostProcess
+
+RESULTS = Path(__file__).parent / "results"
+CONFIG = Path(__file__).parents[1] / "configs" / "video_cpu.yaml"
+# Name, options of training, and whether post-processing may look ahead.
+HEADS: dict[str, tuple[dict[str, Any], bool]] = {
+    "per frame": ({"temporal_head": "none"}, False),
+    "convolution, causal": ({"temporal_head": "convolution", "causal": True}, True),
+    "convolution": ({"temporal_head": "convolution"}, False),
+    "encoder, causal": ({"temporal_head": "transformer", "causal": True}, True),
+    "encoder": ({"temporal_head": "transformer"}, False),
+}
+STREAMS = {"train": 40, "validation": 12, "test": 16}  # of the simulated ones
+STREAM_FRAMES = 1_500
+
+
+def simulate(stills: str, out: Path, seed: int = 0) -> None:
+    """Put streams together from the held-out stills of a prepared data set, split by still.
+
+    Segments last a log-normal time of median 60 frames (2 s at 30 a second), cut to 15 to 400; which
+    expression comes next is drawn by how often it has a still, the same never twice in a row.
+    """
+    rows = schema.load(stills, "validation")["validation"]
+    encoded = rows.cast_column("image", Image(decode=False))["image"][:]
+    labels, rng = expressions_of(rows), np.random.default_rng(seed)
+    part = rng.choice(3, size=len(rows), p=[0.5, 0.2, 0.3])
+    out.mkdir(parents=True)
+    with Shards(out / "data") as shards:
+        for number, (split, count) in enumerate(STREAMS.items()):
+            pools = {
+                c: np.flatnonzero((labels == c) & (part == number))
+                for c in np.unique(labels[labels != IGNORE])
+            }
+            shares = np.array([len(pool) for pool in pools.values()], float)
+            for stream in range(count):
+                frames, last = [], -1
+                while len(frames) < STREAM_FRAMES:
+                    odds = shares * (np.array(list(pools)) != last)
+                    last = int(rng.choice(list(pools), p=odds / odds.sum()))
+                    length = int(np.clip(rng.lognormal(np.log(60), 0.8), 15, 400))
+                    frames += [(last, int(row)) for row in rng.choice(pools[last], length)]
+                for frame, (label, row) in enumerate(frames[:STREAM_FRAMES]):
+                    video = f"{split}{stream:02d}"
+                    shards.add(
+                        schema.Example(
+                            split, encoded[row]["bytes"], "", "simulated", label, video=video, frame=frame
+                        )
+                    )
+
+
+def logits_of(model: Any, features: FrameFeatures, rows: Any, where: str) -> list[VideoLogits]:
+    """Logits and labels of the videos of a split."""
+    found = tracks_of(rows, where)
+    return video_logits(predict_tracks(model, features, found), found, class_names(model))
+
+
+def run_heads(data: str, encoder: str, seeds: list[int], runs: Path, extra: list[str]) -> dict[str, Any]:
+    """Train every head with every seed; returns what each says of the test frames, tuned and not."""
+    splits = schema.load(data)
+    image_model, processor = load_model(encoder)
+    features = {}
+    for split in ("validation", "test"):
+        normalize, size = Normalize(processor.image_mean, processor.image_std), processor.size["height"]
+        # In the precision of training, so that these are the very same files.
+        features[split] = frame_features(
+            image_model.fer, splits[split], normalize, size, Path(data) / "cache", Accelerator()
+        )
+    found: dict[str, Any] = {}
+    for name, (options, causal) in HEADS.items():
+        for seed in seeds:
+            out = runs / f"{name.replace(', ', '_').replace(' ', '_')}-{seed}"
+            given = {
+                **options,
+                "data": data,
+                "encoder": encoder,
+                "output_dir": out,
+                "seed": seed,
+                "precision": "no",
+            }
+            flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+            train.train(parse_arguments(["--config", str(CONFIG), *flags, "--resume", "auto", *extra]))
+            model, _ = load_model(out / "model")
+            videos = {s: logits_of(model, features[s], splits[s], f"{data}, {s}") for s in features}
+            variants = [(name, PostProcess(causal=causal))]
+            for looks_back in {causal, True} if name == "per frame" else {causal}:
+                label = f"{name}, tuned, causal" if looks_back and not causal else f"{name}, tuned"
+                variants.append((label, fit(videos["validation"], looks_back)[0]))
+            for label, post in variants:
+                predictions = apply(post, videos["test"]).argmax(-1)
+                row = found.setdefault(label, {"predictions": [], "postprocess": []})
+                row["predictions"].append(predictions)
+                row["postprocess"].append(post.to_dict())
+            gc.collect()
+    references = np.concatenate([v.references[v.references != IGNORE] for v in videos["test"]])
+    groups = np.concatenate([[v.group] * int((v.references != IGNORE).sum()) for v in videos["test"]])
+    return {"methods": found, "references": references, "groups": groups, "classes": class_names(model)}
+
+
+def tabulate(result: dict[str, Any], about: dict[str, Any], name: str) -> None:
+    """Scores with their spread, and what the encoder gains; printed and kept."""
+    references, groups, classes = result["references"], result["groups"], result["classes"]
+    rows: dict[str, Any] = {}
+    print("| method | accuracy | macro F1 | deviation over seeds | 95 % interval over videos (first seed) |")
+    print("|---|---|---|---|---|")
+    for label, entry in result["methods"].items():
+        scores = [compute_metrics(references, p, None, classes, groups, 1000) for p in entry["predictions"]]
+        f1 = [s["macro_f1_present"] for s in scores]
+        low, high = scores[0]["interval"]["macro_f1_present"]
+        accuracy = [s["accuracy"] for s in scores]
+        rows[label] = {"macro_f1": f1, "accuracy": accuracy, "interval_first_seed": [low, high]}
+        rows[label]["postprocess"] = entry["postprocess"]
+        deviation = statistics.stdev(f1) if len(f1) > 1 else 0.0
+        print(
+            f"| {label} | {100 * statistics.mean(accuracy):.1f} | {100 * statistics.mean(f1):.1f} | "
+            f"{100 * deviation:.1f} | {100 * low:.1f} to {100 * high:.1f} |"
+        )
+    gains = {}
+    pairs = [
+        ("per frame", "encoder"),
+        ("per frame, tuned", "encoder, tuned"),
+        ("per frame, tuned", "encoder"),
+        ("per frame, tuned, causal", "encoder, causal, tuned"),
+        ("convolution, tuned", "encoder, tuned"),
+    ]
+    for before, after in pairs:
+        both = (result["methods"][m]["predictions"] for m in (before, after))
+        compared = [compare(references, a, b, classes, groups=groups) for a, b in zip(*both, strict=True)]
+        gains[f"{after} over {before}"] = compared
+    write_whole(
+        RESULTS / f"temporal_{name}.json",
+        (json.dumps({**about, "test": rows, "gains": gains}, indent=2, default=float) + "\n").encode(),
+    )
+    for title, compared in gains.items():
+        for seed, entry in zip(about["seeds"], compared, strict=True):
+            gain = entry["macro_f1"]
+            low, high = (100 * value for value in gain["interval"])
+            print(f"{title}, seed {seed}: {100 * gain['difference']:+.1f} ({low:+.1f} to {high:+.1f})")
+
+
+def speed(threads: int, frames: int = 45_000) -> dict[str, Any]:
+    """Frames a second offline and the cost of a streamed frame, of default heads with random weights."""
+    torch.manual_seed(0)
+    features = np.random.default_rng(0).standard_normal((frames, 192), dtype=np.float32).astype(np.float16)
+    result: dict[str, Any] = {"threads": threads, "frames": frames}
+    torch.set_num_threads(threads)
+    a, b = torch.randn(2048, 1024), torch.randn(1024, 1024)
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(20):
+            a @ b
+        ceiling = 20 * 2 * a.shape[0] * b.numel() / (time.perf_counter() - start)
+    result["matmul_gflops"] = ceiling / 1e9
+    for causal in (False, True):
+        model = FerForVideoClassification(FerConfig(temporal_causal=causal)).eval()
+        head: Any = model.temporal.head
+        weights = sum(p.numel() for p in model.temporal.parameters() if p.ndim == 2)
+        passes = 1 if causal else 2  # windows overlap by half
+        rates, peaks = [], []
+        for part in (frames // 10, frames, frames):
+            start = time.perf_counter()
+            predict_frames(model, features[:part], np.arange(part))
+            rates.append(part / (time.perf_counter() - start))
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        result["causal" if causal else "both ways"] = {
+            "frames_per_second": rates[-1],
+            "share_of_matmul": rates[-1] * passes * 2 * weights / ceiling,
+            "peak_mb_at_tenth_and_whole": peaks[:2],
+            "layers": len(head.layers),
+        }
+    torch.set_num_threads(1)
+    stream, x, spent = model.init_stream(), torch.randn(1, 192), []
+    with torch.inference_mode():
+        for _ in range(100_100):
+            start = time.perf_counter()
+            _, _, stream = model.step(x, stream)
+            spent.append(time.perf_counter() - start)
+    result["stream"] = {
+        "ms_at_frame_100": 1e3 * statistics.median(spent[100:1_100]),
+        "ms_at_frame_100000": 1e3 * statistics.median(spent[-1_000:]),
+        "ms_99th_percentile": 1e3 * float(np.quantile(spent[100:], 0.99)),
+    }
+    return result
+
+
+def main() -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("synthetic", "simulated", "speed"))
+    parser.add_argument("--data", help="prepared videos")
+    parser.add_argument(
+        "--stills", help="prepared stills to simulate streams from, if --data is not there yet"
+    )
+    parser.add_argument("--encoder", help="image model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/temporal"))
+    args, extra = parser.parse_known_args()
+    if args.part == "speed":
+        result = speed(cpu_cores())
+        print(json.dumps(result, indent=2))
+        write_whole(RESULTS / "temporal_speed_cpu.json", (json.dumps(result, indent=2) + "\n").encode())
+        return
+    if args.part == "simulated" and not Path(args.data).exists():
+        simulate(args.stills, Path(args.data))
+    found = run_heads(args.data, args.encoder, args.seeds, args.runs / args.part, extra)
+    about = {
+        "data": args.data,
+        "encoder": args.encoder,
+        "seeds": args.seeds,
+        "videos": len(set(found["groups"])),
+    }
+    tabulate(found, {**about, "frames": len(found["references"]), "classes": found["classes"]}, args.part)
+
+
+if __name__ == "__main__":
+    main()
