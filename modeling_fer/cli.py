@@ -143,11 +143,19 @@ def submission_make(args: argparse.Namespace) -> int:
         if video in folders:
             predictions[video] = predict_folder(model, processor, folders[video], skip, args.batch_size)
     report = submission.make(template, predictions, args.out, args.edition, args.fill)
-    print(report.text())
+    print(
+        f"{report['rows']} frames of {report['videos']} videos; {report['filled']} filled ({args.fill})"
+    )
+    for what, told in (
+        ("unknown_videos", "not in --frames"),
+        ("videos_without_frames", "without a readable face"),
+    ):
+        for video in report[what]:
+            print(f"{video} is {told}: filled", file=sys.stderr)
     if skipped:
         print(f"{skipped} files were skipped", file=sys.stderr)
     print(f"written: {args.out}")
-    return 1 if report.unknown else 0
+    return 1 if report["unknown_videos"] else 0
 
 
 def submission_check(args: argparse.Namespace) -> int:
@@ -265,7 +273,7 @@ def build_parser() -> argparse.ArgumentParser:
     making.add_argument(
         "--fill",
         default="nearest",
-        help="for frames without a face: nearest (predicted frame of the video), or the name of a class",
+        help="for frames without a face: nearest, the class of the nearest predicted frame, or a class",
     )
     making.add_argument("--batch-size", type=at_least_one, default=256)
     making.set_defaults(run=submission_make)

@@ -141,10 +141,7 @@ class PostProcess:
         Raises:
             ValueError: the settings are not causal.
         """
-        if not self.causal:
-            raise ValueError(
-                "this post-processing looks ahead and cannot follow a stream: fit it with causal=True"
-            )
+        self._check_causal()
         kept = self.half_width if SMOOTHINGS[self.smoothing] else 0
         return StreamState(
             probabilities=torch.zeros(batch_size, kept, num_classes, device=device),
@@ -173,8 +170,9 @@ class PostProcess:
             Probabilities of the shape of `logits`, and the state for the next step.
 
         Raises:
-            ValueError: shapes or types do not fit.
+            ValueError: the settings are not causal, or shapes or types do not fit.
         """
+        self._check_causal()
         one = logits.dim() == 2
         if one:
             logits = logits[:, None]
@@ -200,6 +198,12 @@ class PostProcess:
             seen=state.seen + logits.shape[1],
         )
         return found[:, 0] if one else found, state
+
+    def _check_causal(self) -> None:
+        if not self.causal:
+            raise ValueError(
+                "this post-processing looks ahead and cannot follow a stream: fit it with causal=True"
+            )
 
     def _inputs(
         self, logits: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None, first: int

@@ -263,5 +263,7 @@ def test_streams_are_refused_where_they_cannot_work():
     with pytest.raises(ValueError, match="looks ahead and cannot follow a stream"):
         PostProcess("box", 2).init_stream(1, 4)
     post = PostProcess("box", 2, causal=True)
+    with pytest.raises(ValueError, match="looks ahead and cannot follow a stream"):
+        PostProcess("box", 2).step(torch.zeros(2, 4), post.init_stream(2, 4))
     with pytest.raises(ValueError, match="the stream began with 2 videos and 4 classes"):
         post.step(torch.zeros(3, 4), post.init_stream(2, 4))

@@ -242,7 +242,7 @@ def _sorted_classes(video: str, frames: ArrayLike, values: ArrayLike) -> tuple[I
 
 
 def _nearest(frames: Ints, wanted: Ints) -> tuple[Ints, Bools]:
-    """Place in rising `frames` (n,) of what is nearest to `wanted` (m,), of two the earlier; is it the same?"""
+    """Places (m,) of the nearest of rising `frames` (n,), of two the earlier, and if it is the very one."""
     after = np.searchsorted(frames, wanted).clip(max=len(frames) - 1)
     before = (after - 1).clip(min=0)
     place = np.where(np.abs(wanted - frames[before]) <= np.abs(frames[after] - wanted), before, after)
@@ -312,7 +312,7 @@ def _file_faults(path: Path, template: Template) -> Iterator[str]:
         location, *called = text.split(",")
         row = rows.get(location)
         if len(called) != 1:
-            what = f"{len(called) + 1} columns" if text else "the line is blank"
+            what = f"expected 2 columns, got {len(called) + 1}" if text else "the line is blank"
             yield f"{start}{what}; write <video>/<frame number>.jpg,<class>"
         else:
             if fault := _class_fault(called[0]):

@@ -105,7 +105,7 @@ def fit(
     references = _references(videos)
     logits = np.concatenate([video.logits[video.references != IGNORE] for video in videos])
     temperature = fit_temperature(logits, references)
-    report = {
+    report: dict[str, Any] = {
         "videos": len(videos),
         "groups": len(groups),
         "frames": len(references),
@@ -335,7 +335,8 @@ def _macro_f1(matrix: Ints) -> float:
 
 def _held_out_scores(log_probabilities: Floats, references: Ints, folds: Ints) -> dict[float, float]:
     """Macro F1 of each strength of the bias, on frames of folds that it was not fitted on."""
-    matrices = dict.fromkeys(STRENGTHS, 0)
+    size = log_probabilities.shape[1]
+    matrices = {strength: np.zeros((size, size), np.int64) for strength in STRENGTHS}
     for fold in np.unique(folds):
         own = folds == fold
         bias = fit_bias(log_probabilities[~own], references[~own])

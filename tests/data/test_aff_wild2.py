@@ -105,7 +105,7 @@ def test_remarks_count_what_is_there(tree):
         f"test: frames that the template lists and that have no image: {no_face}; "
         "a submission needs a prediction for them too."
     ]
-    assert not any("two splits" in text or "published" in text for text in remarks)
+    assert not any("two splits" in text or "known" in text for text in remarks)
 
 
 def test_every_layout_of_the_labels_and_every_form_of_the_test_list_gives_the_same(tree, tmp_path):
@@ -249,18 +249,18 @@ def test_tracks_of_one_recording_in_two_splits_are_warned_of(small, tmp_path):
     assert "12-3_left in train, 12-3 in validation" in warning
 
 
-def test_whole_splits_are_compared_with_the_published_counts(tree, monkeypatch):
-    assert sum(aff_wild2.PUBLISHED_FRAMES["train"]) == 585_317
-    assert sum(aff_wild2.PUBLISHED_FRAMES["validation"]) == 280_532
+def test_whole_splits_are_compared_with_the_known_counts(tree, monkeypatch):
+    assert sum(aff_wild2.KNOWN_FRAMES["train"]) == 585_317
+    assert sum(aff_wild2.KNOWN_FRAMES["validation"]) == 280_532
     videos = Counter(tree.splits.values())
     counts = Counter(e.expression for e in read(tree) if isinstance(e, Example) and e.split == "train")
-    published = tuple(counts[label] for label in range(NUM_CLASSES))
+    known = tuple(counts[label] for label in range(NUM_CLASSES))
     monkeypatch.setattr(
-        aff_wild2, "PUBLISHED_VIDEOS", {split: videos[split] for split in ("train", "validation")}
+        aff_wild2, "KNOWN_VIDEOS", {split: videos[split] for split in ("train", "validation")}
     )
-    monkeypatch.setattr(aff_wild2, "PUBLISHED_FRAMES", {"train": published, "validation": published})
+    monkeypatch.setattr(aff_wild2, "KNOWN_FRAMES", {"train": known, "validation": known})
     _, _, remarks = split_items(read(tree))
-    assert "train: these are the published counts of the whole set, class by class." in remarks
+    assert "train: these are the known counts of the whole set, class by class." in remarks
     assert any(text.startswith("warning: validation has all ") for text in remarks)
     assert not any(text.startswith("warning: train") for text in remarks)
 

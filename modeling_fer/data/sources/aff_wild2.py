@@ -32,10 +32,10 @@ HEADERS = (CLASSES, CLASSES[:-1])  # the editions of 2020 and 2021 had no Other
 TEMPLATE = "image_location"  # what the header of a submission template starts with
 NAME_ENDINGS = (".txt", ".mp4", ".avi")  # of videos in a test list, sometimes
 
-# Videos in each split, from the paper above, and labelled frames with an image by class id, as users of the
-# 6th edition's label files and aligned images have counted them.
-PUBLISHED_VIDEOS = {"train": 248, "validation": 70}
-PUBLISHED_FRAMES = {
+# Label files of the validation split, and labelled frames with an image by class id, as users of the 6th
+# edition's label files and aligned images have counted them.
+KNOWN_VIDEOS = {"validation": 70}
+KNOWN_FRAMES = {
     "train": (177198, 16573, 10771, 9080, 95463, 78751, 31615, 165866),
     "validation": (82258, 6126, 5296, 8408, 34511, 25157, 12332, 106444),
 }
@@ -168,15 +168,14 @@ def _remarks(split: str, count: _Found) -> Iterator[Remark]:
     if split != "test":
         text += f"; labelled frames with an image: {_by_class(counts)}; without: {count.missing:,}"
     yield Remark(f"{text}.")
-    if count.videos == PUBLISHED_VIDEOS.get(split):
-        if counts == PUBLISHED_FRAMES[split]:
-            yield Remark(f"{split}: these are the published counts of the whole set, class by class.")
-        else:
-            yield Remark(
-                f"warning: {split} has all {count.videos:,} videos, but not the published labelled frames "
-                f"with an image, {_by_class(PUBLISHED_FRAMES[split])}: images are missing, or the labels are "
-                "of another edition"
-            )
+    if counts == KNOWN_FRAMES.get(split):
+        yield Remark(f"{split}: these are the known counts of the whole set, class by class.")
+    elif count.videos == KNOWN_VIDEOS.get(split):
+        yield Remark(
+            f"warning: {split} has all {count.videos:,} videos, but not the known labelled frames with an "
+            f"image, {_by_class(KNOWN_FRAMES[split])}: images are missing, or the labels are of another "
+            "edition"
+        )
     if count.shorter:
         yield Remark(
             f"{split}: label files that end before the images: {count.shorter:,}; the {count.after_labels:,} "
