@@ -27,6 +27,7 @@ from modeling_fer.data.tally import digest
 from modeling_fer.data.videos import recording
 from modeling_fer.evaluation import plots, submission
 from modeling_fer.evaluation.comparison import compare, write_comparison
+from modeling_fer.evaluation.metrics import write_whole
 from modeling_fer.evaluation.report import summary, write_report
 from modeling_fer.labels import CLASSES, IGNORE
 from modeling_fer.learning.inference import (
@@ -123,37 +124,54 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def submission_make(args: argparse.Namespace) -> int:
-    """Predict every frame that a template lists; exit status 1 where a video of it is unknown."""
-    template = submission.read_template(args.template)
-    model, processor = load_model(args.model)
+def submission_template(args: argparse.Namespace) -> int:
+    """Write a template that lists the frames of a split, those without a face between them included."""
+    rows = schema.load(args.data, args.split)[args.split]
+    lines = [submission.FILE_HEADER]
+    for track in tracks_of(rows, f"{args.data}, {args.split}"):
+        numbers = range(int(track.frames[0]), int(track.frames[-1]) + 1)
+        lines += [f"{track.video}/{number:05d}.jpg," for number in numbers]
+    write_whole(args.out, ("\n".join(lines) + "\n").encode())
+    print(f"written: {args.out}")
+    return 0
+
+
+def predict_videos(args: argparse.Namespace, videos: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Frame numbers and probabilities of videos, from a prepared split or from folders of images."""
+    if args.data:
+        rows = schema.load(args.data, args.split)[args.split]
+        probabilities = predict_rows(args.model, rows, args)
+        found = tracks_of(rows, f"{args.data}, {args.split}")
+        return {track.video: (track.frames, probabilities[track.rows]) for track in found}
     folders: dict[str, Path] = {}
     for path in (p for root in args.frames for p in visible_folders(Path(root))):
         if path.name in folders:
             raise ValueError(f"{folders[path.name]} and {path} are of one video: leave out one of the roots")
         folders[path.name] = path
-    predictions, skipped = {}, 0
+    model, processor = load_model(args.model)
 
     def skip(name: str, reason: str) -> None:
-        nonlocal skipped
-        skipped += 1
         print(f"skipped {name}: {reason}", file=sys.stderr)
 
-    for video in tqdm(template.videos, desc="videos"):
-        if video in folders:
-            predictions[video] = predict_folder(model, processor, folders[video], skip, args.batch_size)
+    there = [video for video in videos if video in folders]
+    predict_one = partial(predict_folder, model, processor, skip=skip, batch_size=args.batch_size)
+    return {video: predict_one(folders[video]) for video in tqdm(there, desc="videos", disable=None)}
+
+
+def submission_make(args: argparse.Namespace) -> int:
+    """Predict every frame that a template lists; exit status 1 where a video of it is unknown."""
+    if bool(args.data) == bool(args.frames):
+        raise ValueError("pass either --frames, folders of images, or --data, a prepared data set")
+    template = submission.read_template(args.template)
+    predictions = predict_videos(args, template.videos)
     report = submission.make(template, predictions, args.out, args.edition, args.fill)
-    print(
-        f"{report['rows']} frames of {report['videos']} videos; {report['filled']} filled ({args.fill})"
-    )
-    for what, told in (
-        ("unknown_videos", "not in --frames"),
-        ("videos_without_frames", "without a readable face"),
-    ):
+    print(f"{report['rows']} frames of {report['videos']} videos; {report['filled']} filled ({args.fill})")
+    for what, told in {
+        "unknown_videos": "not among the videos given",
+        "videos_without_frames": "without a readable face",
+    }.items():
         for video in report[what]:
             print(f"{video} is {told}: filled", file=sys.stderr)
-    if skipped:
-        print(f"{skipped} files were skipped", file=sys.stderr)
     print(f"written: {args.out}")
     return 1 if report["unknown_videos"] else 0
 
@@ -265,9 +283,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     making = submitting.add_parser("make", help="predict every frame of a template")
     making.add_argument("--model", required=True, help="model folder, of videos or of stills")
-    making.add_argument(
-        "--frames", required=True, nargs="+", help="folders of <video>/<frame>.jpg, cropped and aligned"
-    )
+    making.add_argument("--frames", nargs="+", help="folders of <video>/<frame>.jpg, cropped and aligned")
+    making.add_argument("--data", help="in place of --frames: folder written by `fer data prepare`")
+    making.add_argument("--split", default="test", choices=schema.SPLITS, help="of --data")
     making.add_argument("--template", required=True, help="the organisers' list of frames")
     making.add_argument("--out", required=True, help="file to write; a folder for edition 3")
     making.add_argument(
@@ -281,6 +299,11 @@ def build_parser() -> argparse.ArgumentParser:
     checking.add_argument("file", help="submission; a folder for edition 3")
     checking.add_argument("--template", required=True, help="the organisers' list of frames")
     checking.set_defaults(run=submission_check)
+    listing = submitting.add_parser("template", help="list the frames of a split, to rehearse a submission")
+    listing.add_argument("--data", required=True, help="folder written by `fer data prepare`")
+    listing.add_argument("--split", default="test", choices=schema.SPLITS)
+    listing.add_argument("--out", required=True, help="file to write")
+    listing.set_defaults(run=submission_template)
     for one in (making, checking):
         one.add_argument(
             "--edition", type=int, default=8, choices=submission.EDITIONS, help="of the challenge"

@@ -28,7 +28,7 @@ def gaussian(
     windows: torch.Tensor, distance: torch.Tensor, counts: torch.Tensor, half_width: int
 ) -> torch.Tensor:
     """Sum of the counting neighbours, weighted by a normal density with sigma = half_width / 2."""
-    weights = torch.exp(-2 * (distance / half_width) ** 2).masked_fill(~counts, 0)
+    weights = torch.exp(-2 * (distance / half_width) ** 2) * counts
     return (windows * weights.float()[:, :, None]).sum(-1)
 
 

@@ -57,7 +57,23 @@ def test_train_tune_evaluate_submit_and_check(flow, capsys):
     lines[3], lines[4] = lines[4], lines[3]
     (work / "prediction.txt").write_text("\n".join(lines) + "\n")
     assert main(check) == 1
-    assert "line 4" in capsys.readouterr().out
+    assert "00003.jpg is out of order" in capsys.readouterr().out
+
+
+def test_a_submission_is_rehearsed_on_validation(flow, tmp_path, capsys):
+    """From the prepared split, and from the images: the same predictions."""
+    tree, work = flow
+    template, out = str(tmp_path / "template.txt"), str(tmp_path / "prediction.txt")
+    split = ["--data", str(work / "data"), "--split", "validation"]
+    assert main(["submission", "template", *split, "--out", template]) == 0
+    model = ["--model", str(work / "run/model"), "--template", template]
+    assert main(["submission", "make", *model, *split, "--out", out]) == 0
+    assert main(["submission", "check", out, "--template", template]) == 0
+    frames = [str(folder) for folder in tree.images]
+    assert main(["submission", "make", *model, "--frames", *frames, "--out", out + "2"]) == 0
+    assert (tmp_path / "prediction.txt").read_bytes() == (tmp_path / "prediction.txt2").read_bytes()
+    assert main(["submission", "make", *model, "--out", out]) == 2
+    assert "pass either --frames" in capsys.readouterr().err
 
 
 def test_an_unknown_video_is_listed_and_filled(flow, capsys):
@@ -65,7 +81,7 @@ def test_an_unknown_video_is_listed_and_filled(flow, capsys):
     template = work / "template.txt"
     template.write_text(tree.template.read_text().rstrip("\n") + "\nnobody/00001.jpg,\n")
     assert submission(flow, template=template, out="more.txt") == 1
-    assert "nobody is not in --frames: filled" in capsys.readouterr().err
+    assert "nobody is not among the videos given: filled" in capsys.readouterr().err
     assert (work / "more.txt").read_text().endswith("nobody/00001.jpg,0\n")
     assert main(["submission", "check", str(work / "more.txt"), "--template", str(template)]) == 0
 
