@@ -255,7 +255,9 @@ def tabulate(root: Path, name: str) -> None:
 def comparison_figure(summary: list[dict[str, Any]]) -> Figure:
     """One panel a protocol: macro F1 and worst recall of each method, mean and deviation over seeds."""
     protocols = [p for p in PROTOCOLS if any(entry["protocol"] == p for entry in summary)]
-    methods = [m for m in METHODS if any(entry["method"] == m for entry in summary)]  # panels share their axis
+    methods = [
+        m for m in METHODS if any(entry["method"] == m for entry in summary)
+    ]  # panels share their axis
     figure = Figure(figsize=(4.4 * len(protocols) + 2, 3.6), layout="constrained")
     for axes, protocol in zip(
         figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0], protocols, strict=True
