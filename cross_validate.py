@@ -3,10 +3,11 @@
     python cross_validate.py --config configs/video.yaml --k 5 --out runs/video/folds --model runs/video/model
 
 Trains the configuration once without each part of the training videos (tracks of one recording stay together)
-and predicts that part. From these predictions, of videos that their model never saw, come the scores with
-their spread over the parts, and temperature, smoothing and per-class bias, which are written into the
-configuration of `--model`. Validation and test videos have no say. Runs under `accelerate launch`, too; one
-that was interrupted goes on.
+and predicts that part. From these predictions, of videos that their temporal head never saw, come the scores
+with their spread over the parts, and temperature, smoothing and per-class bias, which are written into the
+configuration of `--model`. Validation and test videos have no say. The image model is the same for all parts:
+where it learnt from these very videos, the scores flatter. Runs under `accelerate launch`, too; one that was
+interrupted goes on.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 from accelerate import Accelerator
 
 import train
+from modeling_fer import FerForVideoClassification
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.collection import Collection
 from modeling_fer.evaluation.metrics import compute_metrics, write_whole
@@ -54,12 +56,24 @@ def predict_fold(arguments: FerTrainingArguments) -> tuple[list[VideoLogits], li
         Path(arguments.cache_dir or collection.cache_dir),
         accelerator,
         arguments.eval_batch_size,
-        arguments.precision,
     )
     found = tracks_of(rows, f"{arguments.data}, train")
     _, unseen = split_fold(found, arguments.folds, arguments.fold, arguments.seed)
     logits = predict_tracks(model, features, unseen, accelerator)
     return video_logits(logits, unseen, class_names(model)), class_names(model)
+
+
+def check_fits(model: Any, folder: Path, arguments: FerTrainingArguments, classes: list[str]) -> None:
+    """Raise unless post-processing fitted with these arguments and classes is of use to a model."""
+    if not isinstance(model, FerForVideoClassification):
+        raise ValueError(f"--model {folder} is no video model")
+    ours = (arguments.temporal_head, arguments.causal, classes)
+    theirs = (model.config.temporal_head, model.config.temporal_causal, class_names(model))
+    if ours != theirs:
+        raise ValueError(
+            f"--model {folder} has head, causal and classes {theirs}, the configuration {ours}: pass the "
+            "model that the same configuration made"
+        )
 
 
 def scores_of(videos: list[VideoLogits], names: list[str]) -> dict[str, Any]:
@@ -88,10 +102,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="checkpoint to store the post-processing in")
     args, rest = parser.parse_known_args(argv)
     try:
-        if args.model and not (args.model / "config.json").is_file():
-            raise ValueError(
-                f"--model {args.model} holds no config.json: pass the folder that training saved"
-            )
+        if args.k < 2:
+            raise ValueError(f"--k {args.k}: there must be 2 parts or more")
+        wanted = load_model(args.model)[0] if args.model else None
         parts, runs, names = [], [], []
         for fold in range(args.k):
             runs.append(train_fold(rest, args.k, fold, args.out / f"fold-{fold}"))
@@ -103,6 +116,8 @@ def main(argv: list[str] | None = None) -> None:
                     "rare class is missing from some; take fewer parts"
                 )
             names = classes
+            if wanted is not None:
+                check_fits(wanted, args.model, runs[0], names)
         videos = [video for part in parts for video in part]
         causal = runs[0].causal
         post, report = fit(videos, causal)
@@ -117,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
             "tuning": report,
             "tuning_cross_fitted": cross_fit(videos, fold_of, causal),
         }
-        if Accelerator().is_main_process:
+        accelerator = Accelerator()
+        if accelerator.is_main_process:
             write_whole(args.out / "cross_validation.json", (json.dumps(result, indent=2) + "\n").encode())
             if args.model:
                 store(post, args.model)
@@ -130,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             print(f"post-processing: {post.to_dict()}" + (f", stored in {args.model}" if args.model else ""))
             print(f"written: {args.out / 'cross_validation.json'}")
+        accelerator.end_training()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"cross_validate.py: {error}")
 

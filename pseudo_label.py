@@ -67,7 +67,7 @@ def label(out: str, options: LabelOptions) -> None:
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     cores = max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    # On CPUs each core has a batch of its own: threads that share one wait for whoever decodes an image meanwhile.
+    # On CPUs each core has a batch of its own: threads that share one wait for those that decode meanwhile.
     at_once = cores if device.type == "cpu" else 1
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -90,7 +90,11 @@ def label(out: str, options: LabelOptions) -> None:
         return predict_views(model, normalize(pixels), settings["precision"]).flatten(0, 1)
 
     progress = tqdm(desc="labelling", unit="image", disable=None if accelerator.is_main_process else True)
-    with progress, ThreadPoolExecutor(options.threads or cores) as pool, ThreadPoolExecutor(at_once) as models:
+    with (
+        progress,
+        ThreadPoolExecutor(options.threads or cores) as pool,
+        ThreadPoolExecutor(at_once) as models,
+    ):
         todo = job.unfinished(len(job.units) * rank // world)  # workers start apart and meet rarely
         for turn, unit in enumerate(todo):
             progress.set_postfix_str(f"unit {turn + 1} of {len(todo)}")

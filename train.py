@@ -243,7 +243,8 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
 
     # What the run leaves
     bar.close()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not `end_training`, which parts the processes: more may follow
+        tracker.finish()
     if is_main:
         plots.save(plots.learning_curve_figure(history.rows), run / "learning_curve.png")
         print(f"best on validation, at step {state['best_step']}: {shown(state['best_metrics'])}")
@@ -255,6 +256,7 @@ def main() -> None:
     """Run from the command line: what the user can mend is one line, not a traceback."""
     try:
         train(parse_arguments())
+        Accelerator().end_training()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
 

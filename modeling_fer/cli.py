@@ -90,9 +90,11 @@ def predict_rows(folder: str, split: Dataset, args: argparse.Namespace) -> np.nd
 
 def draw_timelines(split: Dataset, probabilities: np.ndarray, where: str, out: Path) -> None:
     """Draw the longest videos of a split, if it is one of videos."""
-    if None in split["video"][:] or None in split["frame"][:]:
+    try:
+        found = tracks_of(split, where)
+    except ValueError:  # stills, or several faces a frame: there is no timeline to draw
         return
-    found = sorted(tracks_of(split, where), key=lambda track: (-len(track.frames), track.video))
+    found = sorted(found, key=lambda track: (-len(track.frames), track.video))
     for number, track in enumerate(found[:TIMELINES]):
         shown = (probabilities[track.rows], track.labels, track.frames)
         plots.save(plots.timeline_figure(*shown, CLASSES, track.video), out / f"timeline_{number}.png")
@@ -163,6 +165,11 @@ def submission_make(args: argparse.Namespace) -> int:
     if bool(args.data) == bool(args.frames):
         raise ValueError("pass either --frames, folders of images, or --data, a prepared data set")
     template = submission.read_template(args.template)
+    submission.layout(args.edition, template)  # before hours of work
+    if not Path(args.out).absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"no folder {Path(args.out).absolute().parent} to write {args.out} into: make it"
+        )
     predictions = predict_videos(args, template.videos)
     report = submission.make(template, predictions, args.out, args.edition, args.fill)
     print(f"{report['rows']} frames of {report['videos']} videos; {report['filled']} filled ({args.fill})")
@@ -291,6 +298,7 @@ def build_parser() -> argparse.ArgumentParser:
     making.add_argument(
         "--fill",
         default="nearest",
+        choices=("nearest", *CLASSES),
         help="for frames without a face: nearest, the class of the nearest predicted frame, or a class",
     )
     making.add_argument("--batch-size", type=at_least_one, default=256)

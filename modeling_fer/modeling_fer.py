@@ -287,6 +287,8 @@ class FerForVideoClassification(FerPreTrainedModel):
             pixels: Any = pixel_values
             frame_features = self.encode_frames(pixels if pixels.ndim == 5 else pixels[None])
         shape, device = frame_features.shape[:2], frame_features.device
+        if not shape[1]:
+            raise ValueError(f"videos need at least one frame, got features {tuple(frame_features.shape)}")
         for name, given in {"frame_mask": frame_mask, "frame_times": frame_times, "labels": labels}.items():
             if given is not None and given.shape != shape:
                 raise ValueError(f"{name} must be of shape {tuple(shape)}, got {tuple(given.shape)}")
@@ -318,6 +320,7 @@ class FerForVideoClassification(FerPreTrainedModel):
         smoothing = self.postprocess.init_stream(batch_size, len(self.config.class_names), like.device)
         return VideoStream(self.temporal.start(batch_size, like), smoothing)
 
+    @torch.no_grad()
     def step(
         self, frame_features: torch.Tensor, stream: VideoStream, frame_times: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, VideoStream]:

@@ -316,7 +316,8 @@ class TemporalEncoder(nn.Module):
             `(B, T, width)`, 0 where there is no frame.
         """
         order, inverse = pack(mask)
-        features = features.masked_fill(~mask[..., None], 0)  # even 0 times NaN would spread
+        # What is absent may be anything, and even 0 times NaN would spread.
+        features, positions = features.masked_fill(~mask[..., None], 0), positions.masked_fill(~mask, 0)
         packed = (gather_frames(part, order) for part in (features, mask, positions))
         return gather_frames(self.head(*packed), inverse) * mask[..., None]
 
@@ -349,13 +350,14 @@ class TemporalEncoder(nn.Module):
             `(B, n, width)`, 0 where there is no frame, and the state for the next call.
         """
         reach = self.head.reach
-        next_position = positions[:, -1] + 1
+        latest_position = positions if mask is None else positions.masked_fill(~mask, -torch.inf)
+        next_position = torch.maximum(state.next_position, latest_position.amax(dim=1) + 1)
         if mask is None:
             valid = torch.ones(positions.shape, dtype=torch.bool, device=features.device)
             found, remembered = self.head.extend(features, valid, positions, state)
         else:
             order, inverse = pack(mask)
-            features = features.masked_fill(~mask[..., None], 0)
+            features, positions = features.masked_fill(~mask[..., None], 0), positions.masked_fill(~mask, 0)
             features, valid, positions = (gather_frames(part, order) for part in (features, mask, positions))
             found, remembered = self.head.extend(features, valid, positions, state)
             found = gather_frames(found, inverse) * mask[..., None]

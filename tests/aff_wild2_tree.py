@@ -53,7 +53,7 @@ class Tree:
         return root / video / f"{frame:05d}.jpg"
 
 
-def write_tree(root: Path | str, videos: int = 8, frames: int = 60, seed: int = 0) -> Tree:
+def write_tree(root: Path | str, videos: int = 24, frames: int = 60, seed: int = 0) -> Tree:
     """Write a tree of `videos` recordings of about `frames` frames each, always the same for the same seed.
 
     Half of them are for training, a quarter for validation, the rest for testing. The first of each split
@@ -94,7 +94,7 @@ def write_tree(root: Path | str, videos: int = 8, frames: int = 60, seed: int = 
                 lines = [",".join(CLASSES), *map(str, labels[video])]
                 (folder / f"{video}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     test = [video for video, split in splits.items() if split == "test"]
-    test_list, template = root / "test_set.txt", root / "prediction.txt"
+    test_list, template = root / "test_set.txt", root / "template.txt"
     test_list.write_text("".join(f"{video}\n" for video in test), encoding="utf-8")
     rows = [f"{video}/{frame + 1:05d}.jpg" for video in test for frame in range(len(labels[video]))]
     commas = ("", ",", "," * NUM_CLASSES)  # some copies have them at the ends of some lines

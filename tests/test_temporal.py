@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForVideoClassification
 
 from modeling_fer import FerConfig, FerForVideoClassification
-from modeling_fer.learning.timelines import predict_frames
+from modeling_fer.learning.timelines import predict_frames, windows_of
 from modeling_fer.temporal_fer import TEMPORAL_HEADS, TemporalTransformer, rotary_angles, rotate
 
 heads = pytest.mark.parametrize("head", TEMPORAL_HEADS)
@@ -139,6 +139,7 @@ def test_padding_masking_and_the_batch_change_no_valid_frame(head, causal, lengt
         ~mask[..., None], float(rng.choice([np.nan, 1e9]))
     )
     times = torch.from_numpy(np.sort(rng.uniform(0, 2, mask.shape), axis=1))
+    times = times.masked_fill(~mask, float(rng.choice([np.nan, -np.inf, 7.0])))
     with torch.no_grad():
         together = model(frame_features=x, frame_mask=mask, frame_times=times)
         assert (together.frame_logits[~mask] == 0).all()
@@ -225,10 +226,12 @@ def test_a_stream_remembers_no_more_the_longer_it_runs():
         return sum(t.numel() for t in tensors)
 
     before = size(stream)
-    with torch.no_grad():
-        for i in range(40):
-            logits, probabilities, stream = model.step(features(1, seed=i), stream)
-            assert size(stream) == before
+    for i in range(40):
+        logits, probabilities, stream = model.step(features(1, seed=i), stream)
+        assert size(stream) == before
+        assert all(t.grad_fn is None for layer in stream.temporal.past for t in layer), (
+            "no history hangs on it"
+        )
     assert logits.shape == probabilities.shape == (1, 8)
     assert not torch.allclose(probabilities, logits.softmax(-1))
 
@@ -272,7 +275,7 @@ def test_long_videos_are_predicted_piece_by_piece(head, causal, frames):
     with torch.no_grad():
         whole = model(frame_features=x.half().float()[None], frame_times=times).frame_logits[0].numpy()
     assert found.shape == (frames, 8)
-    if causal or head == "none" or frames <= 16:
+    if causal or head == "none" or positions[-1] - positions[0] < 16:
         assert np.allclose(found, whole, atol=1e-4)
     else:  # windows see less than the whole, at their ends
         assert np.abs(found - whole).mean() < np.abs(whole).mean()
@@ -286,6 +289,34 @@ def test_windows_are_averaged_with_weights_that_fall_towards_their_ends():
     ramp = np.array([1, 2, 3, 4, 4, 3, 2, 1.0])[:, None]
     expected = np.concatenate([a[:4], (a[4:] * ramp[4:] + b[:4] * ramp[:4]) / (ramp[4:] + ramp[:4]), b[4:]])
     assert np.allclose(predict_frames(model, x.numpy(), positions), expected, atol=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps=st.lists(st.integers(1, 40), min_size=0, max_size=60), span=st.integers(1, 20))
+def test_windows_cover_every_frame_and_hold_no_more_than_their_span(steps, span):
+    """Also where frames are far apart; where they follow one another, windows are half over the next."""
+    positions = np.cumsum([5.0, *steps])
+    windows = list(windows_of(positions, span))
+    covered = np.zeros(len(positions), bool)
+    for start, places in windows:
+        own = positions[places]
+        assert len(own)
+        assert own[0] >= start
+        assert own[-1] < start + span
+        covered[places] = True
+    assert covered.all()
+    dense = [start for start, _ in windows_of(np.arange(50.0), 16)]
+    assert dense == [0, 8, 16, 24, 32, 34]
+
+
+def test_frames_far_apart_are_seen_at_the_distances_of_training():
+    """Every fifth frame: a window holds those within its span, not as many as it has places."""
+    model = video_model(num_frames=16)
+    x, positions = features(40), np.arange(0, 200, 5)
+    with torch.no_grad():
+        times = torch.from_numpy(positions[:4] / model.config.frame_rate)[None]
+        first = model(frame_features=x[None, :4], frame_times=times).frame_logits[0].numpy()
+    assert np.allclose(predict_frames(model, x.numpy(), positions)[0], first[0], atol=1e-5)
 
 
 def test_frames_out_of_order_are_an_error():
@@ -327,6 +358,8 @@ def test_configurations_that_cannot_be(options, message):
 
 def test_inputs_that_do_not_fit():
     model = video_model()
+    with pytest.raises(ValueError, match="videos need at least one frame"):
+        model(frame_features=features(2, 0))
     with pytest.raises(ValueError, match="either pixel_values or frame_features"):
         model()
     with pytest.raises(ValueError, match=r"labels must be of shape \(1, 3\), got \(3,\)"):

@@ -5,19 +5,25 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import picture
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import cross_validate
 import train
 from modeling_fer import FerForVideoClassification
 from modeling_fer.cli import main
 from modeling_fer.data import schema
+from modeling_fer.data.augment import Normalize
 from modeling_fer.data.shards import Shards
+from modeling_fer.learning import features
 from modeling_fer.learning.arguments import parse_arguments
+from modeling_fer.learning.features import frame_features
 from modeling_fer.learning.inference import load_model
 from modeling_fer.learning.timelines import predict_split
 from tests.runs import run_here
@@ -98,7 +104,7 @@ def test_killed_and_resumed_is_uninterrupted(finished, videos, checkpoint, tmp_p
 
 def test_two_processes_learn_what_one_learns(videos, checkpoint, tmp_path):
     """Frames of a batch are not shared out evenly: the loss is a mean over all of them nonetheless."""
-    data = tmp_path / "data"  # features are computed by two processes as well
+    data = tmp_path / "data"  # with features of their own
     options = {"augmentation": "none", "temporal_dropout": 0, "precision": "no", "max_steps": 6}
     run_here(arguments(videos, checkpoint, tmp_path / "one", **options))
     shutil.copytree(videos, data, ignore=shutil.ignore_patterns("cache"))
@@ -148,6 +154,43 @@ def test_features_are_kept_by_model_and_data(videos, checkpoint, tmp_path):
     assert len(list(cache.glob("features-*"))) == 2, "other weights, other features"
     predict_split(video, processor, rows.select(range(20)), "here", cache)
     assert len(list(cache.glob("features-*"))) == 3, "other data, other features"
+    predict_split(video, processor, schema.load(data, "train")["train"], "here", cache)
+    assert len(list(cache.glob("features-*"))) == 3, "the same data, however loaded"
+
+
+def test_features_are_shared_out_and_go_on_shard_by_shard(videos, checkpoint, tmp_path, monkeypatch):
+    """Shards of 50 rows; one that is lost is made again, the others are left alone."""
+    model, processor = load_model(checkpoint)
+    rows = schema.load(videos)["validation"]
+    normalize = Normalize(processor.image_mean, processor.image_std)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    make = partial(frame_features, model.fer, rows, normalize, 16, accelerator=Accelerator())
+    whole = make(cache_dir=tmp_path / "whole")[np.arange(len(rows))]
+    monkeypatch.setattr(features, "SHARD", 50)
+    found = make(cache_dir=tmp_path)
+    assert len(found.parts) == 3
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert np.array_equal(found[order], whole[order])
+    assert np.array_equal(found[20:110], whole[20:110])
+    shards = sorted(next(tmp_path.glob("features-*")).iterdir())
+    before = [shard.stat().st_mtime_ns for shard in shards]
+    shards[1].unlink()
+    assert np.array_equal(make(cache_dir=tmp_path)[order], whole[order])
+    after = [shard.stat().st_mtime_ns for shard in shards]
+    assert (after[0], after[2]) == (before[0], before[2])
+
+
+def test_another_image_model_under_the_same_path_is_noticed(videos, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    shutil.copytree(checkpoint, tmp_path / "model")
+    argv = arguments(videos, tmp_path / "model", tmp_path / "run", resume="auto")
+    run_here(argv, killed_before=5)
+    weights = load_file(tmp_path / "model/model.safetensors")
+    save_file(
+        {k: v * 1.01 for k, v in weights.items()}, tmp_path / "model/model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match="or the features of its frames, have changed since"):
+        train.train(parse_arguments(argv))
 
 
 def test_cross_validation_scores_unseen_videos_and_stores_post_processing(
@@ -167,9 +210,14 @@ def test_cross_validation_scores_unseen_videos_and_stores_post_processing(
         "--model",
         str(model),
     ]
-    for _ in range(2):  # the second time everything is there
+    for launcher in (TWO_PROCESSES, (sys.executable,)):  # the second time everything is there
         done = subprocess.run(
-            [*script, *argv], env=environment(), capture_output=True, text=True, timeout=300, check=False
+            [*launcher, *script[1:], *argv],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((out / "cross_validation.json").read_text())
@@ -220,18 +268,43 @@ def test_a_trained_head_goes_on_only_as_it_is(finished, videos, checkpoint, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--k", "1"], "there must be 2 parts or more"),
+        (["--model", "IMAGE"], "is no video model"),
+        (["--model", "VIDEO", "--causal", "true"], "pass the model that the same configuration made"),
+    ],
+)
+def test_what_cannot_be_cross_validated_is_told(
+    options, message, finished, videos, checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    known = {"IMAGE": str(checkpoint), "VIDEO": str(finished / "model")}
+    argv = arguments(videos, checkpoint, tmp_path / "unused", max_steps=2)
+    place = argv.index("--output_dir")
+    argv = [*argv[:place], *argv[place + 2 :], "--out", str(tmp_path / "folds"), "--k", "2"]
+    with pytest.raises(SystemExit, match=message):
+        cross_validate.main([*argv, *(known.get(word, word) for word in options)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"encoder": ""}, "--stage video needs the image model"),
         ({"encoder": "nowhere"}, "no model folder nowhere"),
         ({"method": "fixmatch"}, "are for stage image: leave them out"),
         ({"lora_rank": 2, "lora_targets": "none"}, "LoRA targets must be one of"),
         ({"folds": 1}, "2 folds or more, counted from 0"),
+        ({"folds": 2, "encoder": "VIDEO"}, "is a video model that has seen the part to judge by"),
         ({"folds": 3, "fold": 3}, "2 folds or more, counted from 0"),
         ({"folds": 9}, "must lie between 2 and that of groups, 4"),
         ({"temporal_heads": 3}, "must divide by twice temporal_num_heads 3"),
     ],
 )
-def test_what_cannot_be_trained_is_told(options, message, videos, checkpoint, tmp_path, monkeypatch):
+def test_what_cannot_be_trained_is_told(
+    options, message, finished, videos, checkpoint, tmp_path, monkeypatch
+):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    if options.get("encoder") == "VIDEO":
+        options = {**options, "encoder": finished / "model"}
     with pytest.raises((ValueError, OSError), match=message):
         train.train(parse_arguments(arguments(videos, checkpoint, tmp_path / "run", **options)))
 

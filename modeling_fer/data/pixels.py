@@ -96,9 +96,11 @@ def decode_split(
 
 
 def decoded_batches(
-    dataset: Dataset, size: int, show_progress: bool, batch_size: int = BATCH
+    dataset: Dataset, size: int, show_progress: bool, batch_size: int = BATCH, first_row: int = 0
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the first row and the pixels uint8 (n, 3, size, size) of batch after batch.
+
+    `first_row` is the number of the first row in the split that the rows are a part of, for messages.
 
     Threads help because PIL decodes and resizes outside Python's lock.
 
@@ -127,5 +129,5 @@ def decoded_batches(
     ):
         for start in range(0, len(encoded), batch_size):
             cells = encoded[start : start + batch_size]["image"]
-            yield start, np.stack(list(pool.map(work, itertools.count(start), cells)))
+            yield start, np.stack(list(pool.map(work, itertools.count(first_row + start), cells)))
             progress.update(len(cells))

@@ -221,7 +221,7 @@ class DebiasFeedbackSampler(Sampler[int]):
             ValueError: the examples are not those of the saved run.
         """
         if state["data"] != self.data:
-            raise ValueError("the labels of the data have changed since")
+            raise ValueError("the labels of the data, or the features of its frames, have changed since")
         self.batches_done = 0
         self.set_class_weights(state["class_weights"])
         # As they were: to divide them by their sum once more could change their last bits, and so the order.

@@ -91,7 +91,7 @@ class Pieces:
 
 
 def pieces(found: Sequence[Track], classes: Sequence[str], longest: int) -> Pieces:
-    """Cut the labelled frames of tracks into stretches of one class and at most `longest` frames.
+    """Cut the labelled frames of tracks into stretches of one class, at most `longest` frame numbers long.
 
     Raises:
         ValueError: no frame has a label of these classes.
@@ -104,8 +104,12 @@ def pieces(found: Sequence[Track], classes: Sequence[str], longest: int) -> Piec
         for run in np.split(np.arange(len(labels)), changes):
             if labels[run[0]] == IGNORE:
                 continue
-            for part in np.array_split(run, -(-len(run) // longest)):
-                columns.append((number, int(track.frames[part[len(part) // 2]]), int(labels[run[0]])))
+            frames = track.frames[run]
+            span = int(frames[-1] - frames[0]) + 1
+            edges = frames[0] + span * np.arange(1, -(-span // longest)) / -(-span // longest)
+            for part in np.split(frames, np.searchsorted(frames, edges)):
+                if len(part):
+                    columns.append((number, int(part[len(part) // 2]), int(labels[run[0]])))
     if not columns:
         raise ValueError("no frame of any video has a label to learn from")
     return Pieces(*np.array(columns, dtype=np.int64).T)
@@ -139,13 +143,19 @@ class WindowDataset(Dataset):
             state.update(track.video.encode() + b"\0" + track.frames.tobytes() + track.labels.tobytes())
         return state.hexdigest()
 
-    def labels_around(self) -> np.ndarray:
-        """How many frames of each class stand in each example's stretch, `(P, C)`."""
-        counts = np.zeros((len(self), int(self.translate.max()) + 1), dtype=np.int64)
+    def labels_around(self, window: int) -> np.ndarray:
+        """Expected frames of each class, `(P, C)`, in a window of `window` frames around each example.
+
+        The anchor stands anywhere in the window, so that a frame at a distance d from it is in there with
+        probability `1 - d / window`.
+        """
+        counts = np.zeros((len(self), int(self.translate.max()) + 1))
         for piece in range(len(self)):
             track, inside = self._inside(piece)
             labels = self.translate[track.labels[inside]]
-            counts[piece] += np.bincount(labels[labels != IGNORE], minlength=counts.shape[1])
+            distance = np.abs(track.frames[inside] - self.pieces.anchor[piece])
+            chance = np.maximum(0, 1 - distance / window) * (labels != IGNORE)
+            counts[piece] = np.bincount(labels.clip(min=0), chance, minlength=counts.shape[1])
         return counts
 
     def _inside(self, piece: int) -> tuple[Track, slice]:

@@ -167,8 +167,9 @@ def timeline_figure(
         title: what stands above.
     """
     first, last = int(frames[0]), int(frames[-1])
-    # A long video is thinned to what a picture can show.
-    step = max(1, (last - first + 1) // 4000)
+    # Every so many frames have an image, and a long video is thinned to what a picture can show.
+    usual = int(np.median(np.diff(frames))) if len(frames) > 1 else 1
+    step = max(1, usual, (last - first + 1) // 4000)
     columns = (frames - first) // step
     shades = np.full((len(class_names), (last - first) // step + 1), np.nan)
     shades[:, columns] = probabilities.T

@@ -136,7 +136,7 @@ def make(
         ValueError: unknown edition or fill, predictions that do not fit together, or, for edition 3, a
             template that leaves frames out.
     """
-    layout = _layout(edition, template)
+    kind = layout(edition, template)
     if fill not in ("nearest", *CLASSES):
         raise ValueError(f"fill must be nearest or one of {', '.join(CLASSES)}, got {fill!r}")
     constant = None if fill == "nearest" else CLASSES.index(fill)
@@ -154,7 +154,7 @@ def make(
         classes[rows] = own[place] if constant is None else np.where(exact, own[place], constant)
         predicted += int(exact.sum())
         unused += len(frames) - int(exact.sum())
-    if layout == "file":
+    if kind == "file":
         lines = [FILE_HEADER, *map("{},{}".format, template.locations, classes.tolist()), ""]
         write_whole(out, "\n".join(lines).encode())
     else:
@@ -192,7 +192,7 @@ def check(path: str | Path, template: Template, edition: int) -> list[str]:
         ValueError: unknown edition, or, for edition 3, a template that leaves frames out.
     """
     path = Path(path)
-    if _layout(edition, template) == "file":
+    if layout(edition, template) == "file":
         faults = _file_faults(path, template)
     else:
         faults = _folder_faults(path, template)
@@ -201,7 +201,7 @@ def check(path: str | Path, template: Template, edition: int) -> list[str]:
     return listed + ([f"{path}: {more} more faults"] if more else [])
 
 
-def _layout(edition: int, template: Template) -> str:
+def layout(edition: int, template: Template) -> str:
     """How an edition wants its submission; looks whether the template allows it."""
     if edition not in EDITIONS:
         raise ValueError(f"edition must be one of {', '.join(map(str, EDITIONS))}, got {edition}")

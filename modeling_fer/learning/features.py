@@ -47,37 +47,36 @@ class EncodedFrames:
         pixels: uint8 `(N, 3, H, W)`.
         normalize: what the model's pixels go through.
         batch_size: frames that the device encodes at once.
-        precision: `no` or `bf16`.
     """
 
     dtype = np.float16
 
-    def __init__(
-        self, model: nn.Module, pixels: np.ndarray, normalize: Normalize, batch_size: int, precision: str
-    ) -> None:
+    def __init__(self, model: nn.Module, pixels: np.ndarray, normalize: Normalize, batch_size: int) -> None:
         self.model, self.pixels, self.normalize = model, pixels, normalize
-        self.batch_size, self.precision = batch_size, precision
+        self.batch_size = batch_size
         config: Any = model.config
         self.shape = (len(pixels), config.encoder_config.hidden_size)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        wanted = self.pixels[rows]
+        wanted = np.arange(self.shape[0])[rows]
         starts = range(0, len(wanted), self.batch_size)
-        parts = (wanted[start : start + self.batch_size] for start in starts)
-        return np.concatenate([encode(self.model, part, self.normalize, self.precision) for part in parts])
+        parts = (self.pixels[wanted[start : start + self.batch_size]] for start in starts)
+        return np.concatenate([encode(self.model, part, self.normalize) for part in parts])
 
 
 @torch.inference_mode()
-def encode(model: nn.Module, pixels: np.ndarray, normalize: Normalize, precision: str = "no") -> np.ndarray:
+def encode(model: nn.Module, pixels: np.ndarray, normalize: Normalize) -> np.ndarray:
     """Features `(n, D)` in float16 of uint8 frames `(n, 3, H, W)` by a `FerModel`, on its device.
+
+    They are computed in float32 whatever training is done in: temporal heads and what is fitted on them see
+    the same features everywhere.
 
     Raises:
         ValueError: a feature is not finite.
     """
     device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        images = normalize.to(device)(torch.from_numpy(np.ascontiguousarray(pixels)).to(device))
-        features = model(pixel_values=images).pooler_output.half().cpu().numpy()
+    images = normalize.to(device)(torch.from_numpy(np.ascontiguousarray(pixels)).to(device))
+    features = model(pixel_values=images).pooler_output.half().cpu().numpy()
     if not np.isfinite(features).all():
         raise ValueError("features of the image model are not finite in float16: its weights are damaged")
     return features
@@ -99,6 +98,16 @@ def model_digest(model: nn.Module, normalize: Normalize, size: int) -> str:
     return state.hexdigest()
 
 
+def images_digest(rows: Dataset) -> str:
+    """A short text that changes with the encoded images of a split or their order, and with nothing else."""
+    state = hashlib.blake2b(digest_size=12)
+    for batch in rows.select_columns(["image"]).with_format("arrow").iter(1000):
+        for cell in batch.column("image").to_pylist():
+            data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+            state.update(len(data).to_bytes(8, "little") + data)
+    return state.hexdigest()
+
+
 def frame_features(
     model: nn.Module,
     rows: Dataset,
@@ -107,12 +116,11 @@ def frame_features(
     cache_dir: Path,
     accelerator: Accelerator,
     batch_size: int = 256,
-    precision: str = "no",
 ) -> FrameFeatures:
     """Features of every row by an image model, from the disk where they are there.
 
-    The folder's name is made of the model's weights, what is done to pixels, the precision and the data, so
-    that another model or other data never meet old features. Files are written whole, one a shard: a run that
+    The folder's name is made of the model's weights, what is done to pixels, and the images, so that another
+    model or other data never meet old features. Files are written whole, one a shard: a run that
     was interrupted goes on with the next, and processes share the shards.
 
     Args:
@@ -123,13 +131,12 @@ def frame_features(
         cache_dir: where the folder lies.
         accelerator: the processes that share the work.
         batch_size: frames that a device encodes at once.
-        precision: `no` or `bf16`.
 
     Raises:
         ValueError: an image cannot be decoded, or a feature is not finite.
     """
     key = hashlib.blake2b(
-        f"{model_digest(model, normalize, size)} {precision} {rows._fingerprint}".encode(), digest_size=12
+        f"{model_digest(model, normalize, size)} {images_digest(rows)}".encode(), digest_size=12
     ).hexdigest()
     folder = cache_dir / f"features-{key}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,8 +156,8 @@ def frame_features(
     for shard in mine:
         part = rows.select(range(shard * SHARD, min((shard + 1) * SHARD, len(rows))))
         found = []
-        for _, pixels in decoded_batches(part, size, show_progress=False, batch_size=batch_size):
-            found.append(encode(model, pixels, normalize, precision))
+        for _, pixels in decoded_batches(part, size, False, batch_size, shard * SHARD):
+            found.append(encode(model, pixels, normalize))
             bar.update(len(pixels))
         beside = folder / f".{shard}.{uuid.uuid4().hex}"
         try:

@@ -1,6 +1,6 @@
 """What a model says of every frame of videos."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from modeling_fer import FerForVideoClassification
@@ -24,6 +25,22 @@ from modeling_fer.learning.features import encode, frame_features
 from modeling_fer.learning.inference import class_names, over_all_classes, predict_probabilities
 
 CHUNK = 512  # frames of a stream at once, where all are there
+
+
+def windows_of(positions: np.ndarray, span: int) -> Iterator[tuple[float, slice]]:
+    """Windows `span` frame numbers long, each half over the next, that cover all frames; where each begins.
+
+    The first and the last end where the video does. Where no frames are, there are no windows.
+    """
+    first, end = positions[0], positions[-1] + 1
+    start = first
+    while True:
+        start = max(first, min(start, end - span))
+        low, high = np.searchsorted(positions, [start, start + span])
+        yield float(start), slice(int(low), int(high))
+        if high == len(positions):
+            return
+        start = positions[high] - span // 2
 
 
 @torch.inference_mode()
@@ -66,19 +83,21 @@ def predict_frames(
             logits, _, stream = follow.step(values[None], stream, own[None])
             found[places] = logits[0].float().cpu().numpy()
     else:
-        size = min(config.num_frames, frames)
-        starts = [*range(0, frames - size, max(1, size // 2)), frames - size]
-        ramp = torch.minimum(torch.arange(size), torch.arange(size).flip(0)).float() + 1
         total, weights = torch.zeros(found.shape), torch.zeros(frames, 1)
-        for first in range(0, len(starts), batch_size):
-            own_starts = starts[first : first + batch_size]
-            values, own = (
-                torch.stack(p) for p in zip(*(part(slice(s, s + size)) for s in own_starts), strict=True)
+        windows = list(windows_of(np.asarray(positions, np.float64), config.num_frames))
+        for first in range(0, len(windows), batch_size):
+            batch = windows[first : first + batch_size]
+            values, own = zip(*(part(places) for _, places in batch), strict=True)
+            mask = pad_sequence([torch.ones_like(t, dtype=torch.bool) for t in own], batch_first=True)
+            padded = (pad_sequence(list(p), batch_first=True) for p in (values, own))
+            logits = model(
+                **dict(zip(("frame_features", "frame_times"), padded, strict=True)), frame_mask=mask
             )
-            logits = model(frame_features=values, frame_times=own).frame_logits.float().cpu()
-            for start, window in zip(own_starts, logits, strict=True):
-                total[start : start + size] += window * ramp[:, None]
-                weights[start : start + size] += ramp[:, None]
+            for (start, places), window in zip(batch, logits.frame_logits.float().cpu(), strict=True):
+                into = torch.from_numpy(np.asarray(positions[places], np.float64) - start)
+                ramp = (torch.minimum(into, config.num_frames - 1 - into) + 1).float()[:, None]
+                total[places] += window[: len(ramp)] * ramp
+                weights[places] += ramp
         found = (total / weights).numpy()
     if not np.isfinite(found).all():
         raise ValueError("the model's output is not finite: its weights are damaged, or training diverged")
@@ -186,6 +205,7 @@ def predict_folder(
     Returns:
         Frame numbers `(n,)`, rising, and post-processed probabilities `(n, 8)`; both empty without a frame.
     """
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     normalize = Normalize(processor.image_mean, processor.image_std)
     is_video = isinstance(model, FerForVideoClassification)
     files, rejected = list_frames(folder, folder.name)

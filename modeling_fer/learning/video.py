@@ -29,7 +29,7 @@ from modeling_fer.evaluation.tuning import folds_by_group
 from modeling_fer.labels import IGNORE
 from modeling_fer.learning.adapters import add_lora, merge_lora
 from modeling_fer.learning.arguments import FerTrainingArguments
-from modeling_fer.learning.features import EncodedFrames, frame_features
+from modeling_fer.learning.features import EncodedFrames, frame_features, model_digest
 from modeling_fer.learning.image import choose_classes, freeze_unused, save_model
 from modeling_fer.learning.inference import load_model, over_all_classes
 from modeling_fer.learning.losses import FrameLoss
@@ -200,6 +200,11 @@ def video_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
     classes = choose_classes(labels[labels != IGNORE], arguments.classes, arguments.data)
 
     start, processor = load_model(arguments.encoder)
+    if arguments.folds and isinstance(start, FerForVideoClassification):
+        raise ValueError(
+            f"--encoder {arguments.encoder} is a video model that has seen the part to judge by: with "
+            "--folds, start from its image model"
+        )
     model = build_model(arguments, start, classes)
     normalize = Normalize(processor.image_mean, processor.image_std)
     cache_dir = Path(arguments.cache_dir or collection.cache_dir)
@@ -222,7 +227,6 @@ def video_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
             cache_dir=cache_dir,
             accelerator=accelerator,
             batch_size=batch_size,
-            precision=arguments.precision,
         )
     with accelerator.main_process_first() if arguments.lora_rank else contextlib.nullcontext():
         values = load(rows)
@@ -242,8 +246,8 @@ def video_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
         accelerator.num_processes,
         groups=dataset.pieces.track,
     )
-    order.data = f"{order.data} {dataset.digest()}"
-    counts = order.example_probabilities() @ dataset.labels_around()
+    order.data = f"{order.data} {dataset.digest()} {model_digest(model.fer, normalize, size)}"
+    counts = order.example_probabilities() @ dataset.labels_around(arguments.num_frames)
     criterion = FrameLoss(arguments.class_loss, torch.from_numpy(counts), arguments.label_smoothing)
 
     device = accelerator.device
@@ -274,7 +278,7 @@ def video_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
         if arguments.lora_rank:
             model = merge_lora(copy.deepcopy(model)).eval().to(device)
             encoder: Any = model.fer
-            features = EncodedFrames(encoder, judged_values, normalize, batch_size, arguments.precision)
+            features = EncodedFrames(encoder, judged_values, normalize, batch_size)
         logits = predict_tracks(model, features, judged, accelerator)
         found = over_all_classes(softmax(np.concatenate(logits), axis=-1), classes)
         metrics = compute_metrics(references, found.argmax(-1), found, bootstrap_samples=0)

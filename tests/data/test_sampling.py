@@ -60,7 +60,7 @@ def test_no_example_comes_again_before_all_of_its_class_have_come():
 
 def test_other_data_is_told():
     state = DebiasFeedbackSampler([0, 1, 1, 0], 2, batch_size=2).state_dict()
-    with pytest.raises(ValueError, match="labels of the data have changed"):
+    with pytest.raises(ValueError, match="labels of the data, or the features"):
         DebiasFeedbackSampler([0, 1, 0, 1], 2, batch_size=2).load_state_dict(state)
 
 

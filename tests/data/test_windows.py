@@ -57,6 +57,11 @@ def test_pieces_cut_every_labelled_frame_once_into_stretches_of_one_class(seed, 
     labelled = np.bincount(frames[frames >= 0], minlength=8)
     assert ((by_class > 0) == (labelled > 0)).all()
     assert (by_class * longest >= labelled).all(), "no piece is longer"
+    # A window of twice the length around the anchors misses no labelled frame, however few there are.
+    for number, track in enumerate(found):
+        for frame, label in zip(track.frames, track.labels, strict=True):
+            near = cut.anchor[(cut.track == number) & (cut.label == label)]
+            assert label < 0 or (np.abs(near - frame) < longest).any()
 
 
 def test_windows_hold_the_frames_around_their_anchor_each_in_its_slot():
@@ -80,9 +85,17 @@ def test_windows_hold_the_frames_around_their_anchor_each_in_its_slot():
                 assert batch["labels"][piece, slot] == -1
         assert batch["mask"][piece, 7]
         assert batch["labels"][piece, 7] == data.pieces.label[piece]
-    counts = data.labels_around()
-    for c in range(8):
-        assert (counts[:, c] == (batch["labels"] == c).sum(1).numpy()).all()
+
+
+def test_classes_are_expected_in_windows_as_often_as_they_come():
+    """Against windows of 8 frames laid at every place that holds the anchor."""
+    found, _, _ = some_tracks(seed=1)
+    data = WindowDataset(np.zeros((200, 1)), found, CLASSES, slots=2 * 8 - 1, longest=4)
+    labels = data.__getitems__(list(range(len(data))))["labels"].numpy()
+    for piece, row in enumerate(labels):
+        windows = [row[start : start + 8] for start in range(8)]
+        expected = [np.mean([(window == c).sum() for window in windows]) for c in range(8)]
+        assert np.allclose(data.labels_around(8)[piece], expected)
 
 
 def test_classes_that_the_model_lacks_have_no_label():

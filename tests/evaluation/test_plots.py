@@ -14,6 +14,7 @@ from modeling_fer.evaluation.plots import (
     learning_curve_figure,
     reliability_figure,
     save,
+    timeline_figure,
 )
 from modeling_fer.labels import CLASSES
 
@@ -163,3 +164,32 @@ def test_plots_do_without_pyplot(monkeypatch, tmp_path):
     fresh = importlib.reload(plots)
     fresh.save(fresh.learning_curve_figure(HISTORY), tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").format == "PNG"
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_timeline_draws_labels_and_predictions_without_holes_of_its_own(step):
+    """Frames in steps as prepared make whole lines; a real gap, and frames without a label, make a hole."""
+    frames = np.arange(0, 60 * step, step)
+    frames[40:] += 10 * step
+    references = np.repeat([0, 4], 30)
+    references[10:15] = -1
+    probabilities = np.eye(8)[np.repeat([0, 5, 4], 20)]
+    axes = timeline_figure(probabilities, references, frames, CLASSES, "v1").axes[0]
+    label, prediction = (line.get_ydata() for line in axes.get_lines())
+    assert label.shape == (70,)
+    assert np.array_equal(prediction[:40], np.repeat([0, 5], 20))
+    assert np.isnan(prediction[40:50]).all()
+    assert np.array_equal(prediction[50:], np.full(20, 4))
+    assert np.isnan(label[10:15]).all()
+    assert not np.isnan(label[15:40]).any()
+    assert axes.get_title() == "v1"
+    shades = axes.get_images()[0].get_array()
+    assert shades.shape == (8, 70)
+
+
+def test_a_timeline_of_one_frame_and_of_a_long_video():
+    one = timeline_figure(np.eye(8)[[3]], np.array([3]), np.array([17]), CLASSES, "one")
+    assert one.axes[0].get_images()[0].get_array().shape == (8, 1)
+    frames = np.arange(100_000)
+    long = timeline_figure(np.full((100_000, 8), 0.125), np.zeros(100_000, int), frames, CLASSES, "long")
+    assert long.axes[0].get_images()[0].get_array().shape[1] < 5_000
