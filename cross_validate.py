@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.k < 2:
             raise ValueError(f"--k {args.k}: there must be 2 parts or more")
         wanted = load_model(args.model)[0] if args.model else None
-        parts, runs, names = [], [], []
+        parts: list[list[VideoLogits]] = []
+        runs: list[FerTrainingArguments] = []
+        names: list[str] = []
         for fold in range(args.k):
             runs.append(train_fold(rest, args.k, fold, args.out / f"fold-{fold}"))
             found, classes = predict_fold(runs[-1])
@@ -123,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         post, report = fit(videos, causal)
         fold_of = np.repeat(np.arange(args.k), [len(part) for part in parts])
         by_fold = [scores_of(part, names) for part in parts]
-        result = {
+        result: dict[str, Any] = {
             "folds": by_fold,
             "mean": {name: statistics.mean(row[name] for row in by_fold) for name in by_fold[0]},
             "spread": {name: statistics.stdev(row[name] for row in by_fold) for name in by_fold[0]},

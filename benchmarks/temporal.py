@@ -98,7 +98,8 @@ def simulate(stills: str, out: Path, seed: int = 0) -> None:
             }
             shares = np.array([len(pool) for pool in pools.values()], float)
             for stream in range(count):
-                frames, last = [], -1
+                frames: list[tuple[int, int]] = []
+                last = -1
                 while len(frames) < STREAM_FRAMES:
                     odds = shares * (np.array(list(pools)) != last)
                     last = int(rng.choice(list(pools), p=odds / odds.sum()))

@@ -236,7 +236,7 @@ class FerForVideoClassification(FerPreTrainedModel):
         self.fer = FerModel(config)
         self.temporal = TemporalEncoder(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(self.temporal.width, len(config.class_names))
+        self.classifier = nn.Linear(self.temporal.head.width, len(config.class_names))
         self.post_init()
 
     @property

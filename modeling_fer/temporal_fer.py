@@ -240,7 +240,7 @@ class TemporalConvolution(nn.Module):
             ConvolutionLayer(self.width, 2**i, self.causal, config.temporal_dropout)
             for i in range(config.temporal_num_layers)
         )
-        self.reach = max(layer.reach for layer in self.layers)  # type: ignore[type-var, arg-type]
+        self.reach = (ConvolutionLayer.kernel - 1) * 2 ** (len(self.layers) - 1)  # of the last, the widest
         self.norm = nn.LayerNorm(self.width)
 
     def forward(self, features: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -302,7 +302,6 @@ class TemporalEncoder(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.head: Any = TEMPORAL_HEADS[config.temporal_head](config)
-        self.width = self.head.width
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Frames in the light of their neighbours.

@@ -16,8 +16,13 @@ from modeling_fer.labels import IGNORE
 class Frames(Protocol):
     """Features or pixels of the rows of a split, in memory or on the disk."""
 
-    shape: tuple[int, ...]
-    dtype: Any
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of rows, then the shape of one."""
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the numbers."""
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Those of some rows, `(n, ...)`."""

@@ -87,14 +87,16 @@ def predict_frames(
         windows = list(windows_of(np.asarray(positions, np.float64), config.num_frames))
         for first in range(0, len(windows), batch_size):
             batch = windows[first : first + batch_size]
-            values, own = zip(*(part(places) for _, places in batch), strict=True)
-            mask = pad_sequence([torch.ones_like(t, dtype=torch.bool) for t in own], batch_first=True)
-            padded = (pad_sequence(list(p), batch_first=True) for p in (values, own))
-            logits = model(
-                **dict(zip(("frame_features", "frame_times"), padded, strict=True)), frame_mask=mask
+            pairs = [part(places) for _, places in batch]
+            output = model(
+                frame_features=pad_sequence([values for values, _ in pairs], batch_first=True),
+                frame_times=pad_sequence([own for _, own in pairs], batch_first=True),
+                frame_mask=pad_sequence(
+                    [own.new_ones(len(own)).bool() for _, own in pairs], batch_first=True
+                ),
             )
-            for (start, places), window in zip(batch, logits.frame_logits.float().cpu(), strict=True):
-                into = torch.from_numpy(np.asarray(positions[places], np.float64) - start)
+            for (begin, places), window in zip(batch, output.frame_logits.float().cpu(), strict=True):
+                into = torch.from_numpy(np.asarray(positions[places], np.float64) - begin)
                 ramp = (torch.minimum(into, config.num_frames - 1 - into) + 1).float()[:, None]
                 total[places] += window[: len(ramp)] * ramp
                 weights[places] += ramp

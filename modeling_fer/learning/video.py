@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from scipy.special import softmax
 from torch import nn
 from torch.nn import functional as F
@@ -152,7 +151,7 @@ def build_model(arguments: FerTrainingArguments, start: Any, classes: list[str])
     Raises:
         ValueError: the arguments ask for another temporal head or other classes than the video model has.
     """
-    options = {
+    options: dict[str, Any] = {
         "temporal_head": arguments.temporal_head,
         "temporal_hidden_size": arguments.temporal_hidden_size,
         "temporal_num_layers": arguments.temporal_layers,
@@ -210,7 +209,7 @@ def video_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
     cache_dir = Path(arguments.cache_dir or collection.cache_dir)
     size, batch_size = model.config.image_size, arguments.eval_batch_size
     trained: nn.Module = model
-    load: Callable[[Dataset], Any]
+    load: Callable[..., Any]
     if arguments.lora_rank:  # the encoder learns, too: frames are pixels
         alpha = arguments.lora_alpha or None
         freeze_unused(model, size)
@@ -274,11 +273,12 @@ def video_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
         raise ValueError(f"{arguments.data}: no frame of the videos to judge by has a label")
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
-        features: Any = judged_values
+        values: Any = judged_values
+        features = values
         if arguments.lora_rank:
             model = merge_lora(copy.deepcopy(model)).eval().to(device)
             encoder: Any = model.fer
-            features = EncodedFrames(encoder, judged_values, normalize, batch_size)
+            features = EncodedFrames(encoder, values, normalize, batch_size)
         logits = predict_tracks(model, features, judged, accelerator)
         found = over_all_classes(softmax(np.concatenate(logits), axis=-1), classes)
         metrics = compute_metrics(references, found.argmax(-1), found, bootstrap_samples=0)
