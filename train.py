@@ -23,6 +23,8 @@ from transformers.utils import logging
 
 from modeling_fer.data.feed import Streamed, joined
 from modeling_fer.evaluation import plots
+from modeling_fer.hub.card import write_card
+from modeling_fer.hub.push import push, summary
 from modeling_fer.learning.arguments import FerTrainingArguments, parse_arguments
 from modeling_fer.learning.checkpoint import (
     Stateful,
@@ -249,6 +251,10 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         plots.save(plots.learning_curve_figure(history.rows), run / "learning_curve.png")
         print(f"best on validation, at step {state['best_step']}: {shown(state['best_metrics'])}")
         print(f"model: {run / 'model'}")
+        if arguments.push_to_hub:
+            write_card(run, arguments.hub_model_id)
+            base = arguments.hub_base_model or None
+            print(summary(push(run / "model", arguments.hub_model_id, base_model=base)))
     return state
 
 

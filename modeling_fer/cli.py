@@ -29,6 +29,9 @@ from modeling_fer.evaluation import plots, submission
 from modeling_fer.evaluation.comparison import compare, write_comparison
 from modeling_fer.evaluation.metrics import write_whole
 from modeling_fer.evaluation.report import summary, write_report
+from modeling_fer.hub.card import write_card
+from modeling_fer.hub.push import push
+from modeling_fer.hub.push import summary as summary_of_push
 from modeling_fer.labels import CLASSES, IGNORE
 from modeling_fer.learning.inference import (
     class_names,
@@ -190,6 +193,23 @@ def submission_check(args: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
+def card(args: argparse.Namespace) -> int:
+    """Write the model card of a run."""
+    print(f"written: {write_card(args.folder, args.repo, args.eval, args.example, args.licence)}")
+    return 0
+
+
+def push_model(args: argparse.Namespace) -> int:
+    """Push a model folder to the Hub."""
+    options = {
+        "adapter_repo": args.adapter_repo,
+        "base_model": args.base_model,
+        "adapter": not args.no_adapter,
+    }
+    print(summary_of_push(push(args.folder, args.repo, args.private, args.revision, **options)))
+    return 0
+
+
 def find_images(paths: list[str]) -> Iterator[Path]:
     """Image files among the paths, folders searched whole, in a stable order.
 
@@ -316,6 +336,26 @@ def build_parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--edition", type=int, default=8, choices=submission.EDITIONS, help="of the challenge"
         )
+
+    carding = commands.add_parser("card", help="write the card of a model from its run's files")
+    carding.add_argument("folder", help="run folder, or model folder")
+    carding.add_argument("--repo", help="org/name on the Hub, for the snippets")
+    carding.add_argument(
+        "--eval", nargs="+", default=[], help="folders of `fer eval` (default: the run's own)"
+    )
+    carding.add_argument("--example", nargs="+", default=[], help="images for the Hub's widget")
+    carding.add_argument("--licence", help="of the weights (default: what the training data leave)")
+    carding.set_defaults(run=card)
+
+    pushing = commands.add_parser("push", help="push a model folder to the Hub, in one commit")
+    pushing.add_argument("folder", help="model folder (RUN/model)")
+    pushing.add_argument("repo", help="org/name")
+    pushing.add_argument("--private", action="store_true", help="make it private")
+    pushing.add_argument("--revision", help="branch, made if it is not there (default: main)")
+    pushing.add_argument("--adapter-repo", help="own repository of the LoRA adapter (default: its folder)")
+    pushing.add_argument("--base-model", help="Hub id of what the adapter was trained on")
+    pushing.add_argument("--no-adapter", action="store_true", help="leave the adapter out")
+    pushing.set_defaults(run=push_model)
 
     predicting = commands.add_parser("predict", help="expression of face crops")
     predicting.add_argument("paths", nargs="+", help="images, or folders of them")

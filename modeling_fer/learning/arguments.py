@@ -23,6 +23,9 @@ FREE_ON_RESUME = {
     "keep_checkpoints",
     "log_steps",
     "tracker",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_base_model",
     "eval_batch_size",
 }
 
@@ -170,6 +173,9 @@ class FerTrainingArguments:
     resume: str = option(
         "never", "never, auto (from the newest checkpoint of output_dir, if any), or a checkpoint folder"
     )
+    push_to_hub: bool = option(False, "push the model to the Hub when the run has ended")
+    hub_model_id: str = option("", "org/name to push to")
+    hub_base_model: str = option("", "Hub id of --encoder, where that is a folder and an adapter is pushed")
     tracker: str = option("tensorboard", "tensorboard, trackio or none")
 
     def __post_init__(self) -> None:
@@ -317,6 +323,8 @@ class FerTrainingArguments:
                     f"--lora_rank {self.lora_rank} adapts a pretrained encoder: pass --encoder, "
                     "or train a new one whole with --lora_rank 0"
                 )
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("--push_to_hub needs --hub_model_id org/name")
         if self.augmentation == "none" and self.erasing:
             raise ValueError(f"--erasing {self.erasing} needs --augmentation weak, got none")
 

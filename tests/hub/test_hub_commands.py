@@ -1,0 +1,55 @@
+"""Pushing from the command line: at the end of training, and by `fer push`, to a local Hub."""
+
+import shutil
+import subprocess
+
+import pytest
+from hub_server import hub_server, taken_for_the_hub
+from huggingface_hub import ModelCard
+
+from modeling_fer.cli import main
+from modeling_fer.learning.arguments import parse_arguments
+from tests.test_train import ROOT, command, environment
+
+
+def test_training_ends_with_a_push_of_model_and_card(prepared, tmp_path):
+    with hub_server(tmp_path) as hub:
+        argv = command(prepared, tmp_path / "run", max_steps=4, push_to_hub=True, hub_model_id="org/tiny-fer")
+        done = subprocess.run(
+            argv,
+            env={**environment(), **hub.environment, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = hub.files("org/tiny-fer", "main")
+        commits = hub.commits("org/tiny-fer")
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= set(files)
+    assert {"modeling_fer.py", "temporal_fer.py", "postprocess_fer.py", "configuration_fer.py"} <= set(files)
+    assert not [name for name in files if "checkpoint" in name or name.endswith((".bin", ".pt"))]
+    assert "org/tiny-fer" in done.stdout
+    assert len(commits) <= 2, "the first, empty one and ours"
+    text = files["README.md"]
+    card = ModelCard(text.decode() if isinstance(text, bytes) else text)
+    assert card.data.library_name == "transformers"
+
+
+def test_card_and_push_from_the_command_line(checkpoint, tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    assert main(["card", str(model), "--repo", "org/mine"]) == 0
+    assert "org/mine" in (model / "README.md").read_text()
+    with hub_server(tmp_path) as hub, taken_for_the_hub(hub, monkeypatch):
+        assert main(["push", str(model), "org/mine", "--private"]) == 0
+        files = hub.files("org/mine", "main")
+        assert "README.md" in files
+        capsys.readouterr()
+        assert main(["push", str(tmp_path / "nothing"), "org/mine"]) == 2
+        assert "nothing" in capsys.readouterr().err
+
+
+def test_a_push_needs_to_know_where_to():
+    with pytest.raises(ValueError, match="--push_to_hub needs --hub_model_id"):
+        parse_arguments(["--data", "d", "--output_dir", "o", "--push_to_hub"])
