@@ -188,7 +188,7 @@ def timeline_figure(
     axes.set_yticks(range(len(class_names)), class_names)
     axes.set_xlabel("Frame")
     axes.set_title(title)
-    axes.legend(loc="upper right", fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
     figure.colorbar(image, label="Probability")
     return figure
 

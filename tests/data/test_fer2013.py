@@ -150,6 +150,22 @@ def test_original_labels_may_come_with_soft_ones(tmp_path):
     assert [item.soft_label for item in items] == [(0, 0, 0, 0.75, 0, 0.25, 0, 0), None]
 
 
+def test_own_labels_blend_into_soft_ones(tmp_path):
+    counts = [votes(fear=3, sadness=1, unknown=6), votes(unknown=10)]
+    items = read(
+        tmp_path, [row(2), row(4)], [("Training", c) for c in counts], rule="fer2013", own_weight=0.6
+    )
+    assert items[0].soft_label == pytest.approx((0, 0, 0, 0.6 + 0.4 * 0.75, 0, 0.4 * 0.25, 0, 0))
+    assert items[1].soft_label is None  # nobody voted: its own label stands
+
+
+@pytest.mark.parametrize("wrong", [{"ferplus": None}, {"rule": "majority"}, {"own_weight": 1.5}])
+def test_blending_needs_both_labels_and_a_share(wrong):
+    given = {"rule": "fer2013", "ferplus": "v.csv", "own_weight": 0.5} | wrong
+    with pytest.raises(ValueError, match="own_weight"):
+        Fer2013Options("f.csv", **given)
+
+
 SHAPES = st.integers(1, 6).map(lambda n: (n, len(VOTES)))
 VOTE_TABLES = hnp.arrays(np.int64, SHAPES, elements=st.integers(0, 10))
 

@@ -86,6 +86,10 @@ class Fer2013Options:
             "choices": list(CONTEMPT_RULES),
         },
     )
+    own_weight: float = dataclasses.field(
+        default=0.0,
+        metadata={"help": "with rule fer2013 and votes: weight of FER2013's own label in the soft label"},
+    )
 
     def __post_init__(self) -> None:
         if self.rule not in (*RULES, ORIGINAL):
@@ -96,6 +100,13 @@ class Fer2013Options:
             raise ValueError(
                 f"rule {self.rule!r} counts FER+ votes: give the path of fer2013new.csv as ferplus, "
                 f"or ask for FER2013's own labels with rule {ORIGINAL!r}"
+            )
+        if not 0 <= self.own_weight <= 1:
+            raise ValueError(f"own_weight must lie between 0 and 1, got {self.own_weight}")
+        if self.own_weight and (self.rule != ORIGINAL or self.ferplus is None):
+            raise ValueError(
+                f"own_weight {self.own_weight} blends FER2013's own label with FER+ votes: it needs rule "
+                f"{ORIGINAL!r} and the path of fer2013new.csv as ferplus"
             )
 
 
@@ -108,6 +119,13 @@ def soft_labels(votes: np.ndarray, contempt: str = "drop") -> list[tuple[float, 
             ours[:, label] += votes[:, column]
     totals = ours.sum(axis=1)
     return [tuple((row / total).tolist()) if total else None for row, total in zip(ours, totals, strict=True)]
+
+
+def blend(own: int, votes: tuple[float, ...] | None, weight: float) -> tuple[float, ...] | None:
+    """Mix FER2013's own label, with a weight from 0 to 1, into a row's votes; None where there are none."""
+    if votes is None:
+        return None
+    return tuple((1 - weight) * vote + weight * (label == own) for label, vote in enumerate(votes))
 
 
 def examples(options: Fer2013Options) -> Iterator[Item]:
@@ -148,6 +166,7 @@ def examples(options: Fer2013Options) -> Iterator[Item]:
         origin = f"{path.name} row {row}"
         if expression is not None:
             distribution = soft[row - 1] if usages is not None else None
+            distribution = blend(expression, distribution, options.own_weight)
             split = SPLIT_OF_USAGE[usage]
             yield Example(split, _png(pixels), origin, "fer2013", expression, soft_label=distribution)
         elif _is_unlabeled(usage, fate):
