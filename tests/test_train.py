@@ -285,7 +285,7 @@ def test_changed_data_is_told_on_resume(prepared, tmp_path):
     shutil.rmtree(tmp_path / "run/checkpoints/step_00000004")
     done = run(copy, tmp_path / "run", max_steps=4, resume="auto", check=False)
     assert done.returncode == 1
-    assert "the labels of the data have changed" in done.stderr
+    assert "the labels of the data, or the features of its frames, have changed" in done.stderr
 
 
 def test_soft_labels_bf16_and_tensorboard(prepared, tmp_path):
