@@ -23,15 +23,14 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from sklearn.metrics import log_loss, precision_recall_fscore_support
 
+from modeling_fer.evaluation.bootstrap import Floats, Ints, resample_examples, resample_groups
 from modeling_fer.labels import CLASSES, IGNORE
 
 INTERVAL_SCORES = ("macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy")
+CLASS_SCORES = ("precision", "recall", "f1")
 INTERVAL_PERCENTILES = (2.5, 97.5)  # the middle 95 %
 ROW_SUM_TOLERANCE = 1e-3  # wide enough for a float16 softmax; logits are far outside
-DRAWS_AT_ONCE = 4_000_000  # cells of one block of group draws (32 MB); bounds memory for very many groups
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
@@ -67,16 +66,33 @@ def confusion_scores(matrices: ArrayLike) -> dict[str, Floats]:
         matrix of zeros.
     """
     counts = np.asarray(matrices, dtype=np.float64)
+    present = counts.sum(-1) > 0
+    classes_present = np.maximum(present.sum(-1), 1)
+    by_class = class_scores(counts)
+    return {
+        "macro_f1": by_class["f1"].mean(-1),
+        "macro_f1_present": (by_class["f1"] * present).sum(-1) / classes_present,
+        "accuracy": _ratio(np.trace(counts, axis1=-2, axis2=-1), counts.sum((-2, -1))),
+        "balanced_accuracy": by_class["recall"].sum(-1) / classes_present,
+    }
+
+
+def class_scores(matrices: ArrayLike) -> dict[str, Floats]:
+    """Compute the scores of each class, for any number of confusion matrices at once.
+
+    Args:
+        matrices: (..., C, C) counts, rows = truth.
+
+    Returns:
+        `precision`, `recall`, `f1`, each of shape (..., C); 0 where undefined.
+    """
+    counts = np.asarray(matrices, dtype=np.float64)
     hits = np.diagonal(counts, axis1=-2, axis2=-1)
     support, called = counts.sum(-1), counts.sum(-2)
-    present = support > 0
-    classes_present = np.maximum(present.sum(-1), 1)
-    f1 = _ratio(2 * hits, support + called)
     return {
-        "macro_f1": f1.mean(-1),
-        "macro_f1_present": (f1 * present).sum(-1) / classes_present,
-        "accuracy": _ratio(hits.sum(-1), support.sum(-1)),
-        "balanced_accuracy": _ratio(hits, support).sum(-1) / classes_present,
+        "precision": _ratio(hits, called),
+        "recall": _ratio(hits, support),
+        "f1": _ratio(2 * hits, support + called),
     }
 
 
@@ -115,7 +131,9 @@ def compute_metrics(
         - with `probabilities`: `ece` (see `reliability_bins`), `nll` (mean negative log-likelihood in nats,
           probabilities clipped at 2.2e-16 as in scikit-learn);
         - with `bootstrap_samples`: `interval`, name of each of the first four scores -> [low, high], the 95 %
-          percentile bootstrap (Efron 1979); `bootstrap`: `samples`, `seed`, `unit` ("example" or "group").
+          percentile bootstrap (Efron 1979); in `per_class`, for classes in the truth, `precision_interval`,
+          `recall_interval`, `f1_interval` (0 in a replicate where undefined); `bootstrap`: `samples`,
+          `seed`, `unit` ("example" or "group").
 
     Raises:
         ValueError: no labelled row, lengths differ, an id out of range, a probability that is negative or not
@@ -155,15 +173,18 @@ def compute_metrics(
         result["nll"] = float(log_loss(truth, rows, labels=ids))
     if bootstrap_samples:
         rng = np.random.default_rng(seed)
+        drawn: NDArray[Any]
         if groups is None:
-            scores = _resample_examples(matrix, bootstrap_samples, rng)
+            drawn = resample_examples(matrix, bootstrap_samples, rng)
         else:
             cells = truth * num_classes + predicted
-            scores = _resample_groups(cells, _groups(groups, labelled), num_classes, bootstrap_samples, rng)
-        result["interval"] = {
-            name: [float(bound) for bound in np.percentile(scores[name], INTERVAL_PERCENTILES)]
-            for name in INTERVAL_SCORES
-        }
+            drawn = resample_groups(cells, _groups(groups, labelled), num_classes, bootstrap_samples, rng)
+        scores = confusion_scores(drawn)
+        result["interval"] = {name: _middle(scores[name]) for name in INTERVAL_SCORES}
+        by_class = class_scores(drawn)
+        for i in np.flatnonzero(present):
+            bounds = {f"{name}_interval": _middle(by_class[name][:, i]) for name in CLASS_SCORES}
+            result["per_class"][names[i]] |= bounds
         unit = "example" if groups is None else "group"
         result["bootstrap"] = {"samples": int(bootstrap_samples), "seed": int(seed), "unit": unit}
     return result
@@ -274,6 +295,11 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
     return numerator / np.maximum(denominator, 1)
 
 
+def _middle(scores: Floats) -> list[float]:
+    """Bounds of the middle 95 %."""
+    return [float(bound) for bound in np.percentile(scores, INTERVAL_PERCENTILES)]
+
+
 def _ids(values: ArrayLike, what: str) -> Ints:
     array = np.asarray(values)
     if array.ndim != 1:
@@ -362,31 +388,3 @@ def _groups(groups: ArrayLike, labelled: Bools) -> Ints:
             "leave groups out or set bootstrap_samples=0"
         )
     return numbers.astype(np.int64)
-
-
-def _resample_examples(matrix: Ints, samples: int, rng: np.random.Generator) -> dict[str, Floats]:
-    """Score replicates of the whole set.
-
-    Drawing N examples with replacement and counting their cells *is* a multinomial draw of the cells, so this
-    is the plain bootstrap at a cost that does not depend on N.
-    """
-    cells = matrix.ravel()
-    draws = rng.multinomial(cells.sum(), cells / cells.sum(), size=samples)
-    return confusion_scores(draws.reshape(samples, *matrix.shape))
-
-
-def _resample_groups(
-    cells: Ints, groups: Ints, num_classes: int, samples: int, rng: np.random.Generator
-) -> dict[str, Floats]:
-    """Score replicates made of whole groups: how often each is drawn, times its own confusion matrix."""
-    num_groups, num_cells = int(groups.max()) + 1, num_classes**2
-    counts = np.bincount(groups * num_cells + cells, minlength=num_groups * num_cells)
-    # Float: exact up to 2^53, and numpy has a fast matrix product for floats only.
-    per_group = counts.reshape(num_groups, num_cells).astype(np.float64)
-    uniform = np.full(num_groups, 1 / num_groups)
-    at_once = max(1, DRAWS_AT_ONCE // num_groups)
-    blocks = [
-        rng.multinomial(num_groups, uniform, size=min(at_once, samples - start)) @ per_group
-        for start in range(0, samples, at_once)
-    ]
-    return confusion_scores(np.concatenate(blocks).reshape(samples, num_classes, num_classes))

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import subprocess
@@ -10,9 +11,12 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modeling_fer.evaluation.bootstrap import resample_examples, resample_groups
 from modeling_fer.evaluation.metrics import (
+    CLASS_SCORES,
     INTERVAL_SCORES,
     FerMetric,
+    class_scores,
     compute_metrics,
     confusion_matrix,
     confusion_scores,
@@ -153,6 +157,41 @@ def test_multinomial_bootstrap_agrees_with_drawing_rows():
         assert (high - low) / (2 * 1.96) == pytest.approx(spread, rel=0.1)
 
 
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), present=st.integers(1, 8))
+def test_scores_of_classes_equal_scikit_learn_for_any_number_of_matrices(seed, present):
+    y, p, _ = random_case(seed, present=present)
+    matrix = confusion_matrix(y, p, 8)
+    got = class_scores(np.stack([matrix, np.zeros((8, 8), np.int64)]))
+    expected = sklearn.metrics.precision_recall_fscore_support(y, p, labels=range(8), zero_division=0)
+    for name, values in zip(CLASS_SCORES, expected[:3], strict=True):
+        assert got[name][0] == pytest.approx(values)
+        assert not got[name][1].any()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_intervals_of_classes_are_those_of_scikit_learn_on_the_same_draws(grouped):
+    y, p, _ = random_case(9, n=120, present=5)
+    units = np.arange(120) // 4
+    names = [f"{unit:02d}" for unit in units]  # in the order of their numbers
+    got = compute_metrics(y, p, groups=names if grouped else None, bootstrap_samples=150)["per_class"]
+    rng = np.random.default_rng(0)
+    if grouped:
+        drawn = resample_groups(y * 8 + p, units, 8, 150, rng)
+    else:
+        drawn = resample_examples(confusion_matrix(y, p, 8), 150, rng)
+    truth, predicted = np.divmod(np.arange(64), 8)
+    score = functools.partial(
+        sklearn.metrics.precision_recall_fscore_support, labels=range(8), zero_division=0
+    )
+    scores = [score(truth, predicted, sample_weight=matrix.ravel())[:3] for matrix in drawn]
+    bounds = np.percentile(np.array(scores), [2.5, 97.5], axis=0)  # (2, 3, 8)
+    for k, key in enumerate(CLASS_SCORES):
+        for i, name in enumerate(CLASSES[:5]):
+            assert got[name][f"{key}_interval"] == pytest.approx(bounds[:, k, i])
+        assert not [name for name in CLASSES[5:] if f"{key}_interval" in got[name]], "nothing to draw"
+
+
 def test_group_bootstrap_counts_videos_not_frames():
     y, p, _ = random_case(6, n=100)
     frames = 25  # every video repeats one row 25 times: 2500 frames that hold 100 rows' worth of evidence
@@ -170,7 +209,7 @@ def test_group_bootstrap_counts_videos_not_frames():
 def test_group_bootstrap_in_blocks_is_the_same_bootstrap(monkeypatch):
     y, p, _ = random_case(7)
     whole = compute_metrics(y, p, groups=np.arange(60) % 9, bootstrap_samples=100)
-    monkeypatch.setattr("modeling_fer.evaluation.metrics.DRAWS_AT_ONCE", 70)
+    monkeypatch.setattr("modeling_fer.evaluation.bootstrap.DRAWS_AT_ONCE", 70)
     assert compute_metrics(y, p, groups=np.arange(60) % 9, bootstrap_samples=100) == whole
 
 
