@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from transformers.utils import logging
 
 from modeling_fer import CLASSES
-from modeling_fer.cli import build_parser, main
+from modeling_fer.cli import COMMANDS, main
 from modeling_fer.data import schema
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.pixels import decode
@@ -269,7 +269,7 @@ def test_unreadable_files_are_named_and_skipped(checkpoint, photos, capsys, monk
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("absent.png", "no such file or folder"), ("none", "holds no images")]
+    ("name", "message"), [("absent.png", "no such file or folder"), ("none", "holds no images or videos")]
 )
 def test_paths_without_images(name, message, checkpoint, tmp_path, capsys):
     (tmp_path / "none").mkdir()
@@ -308,9 +308,34 @@ def test_a_batch_holds_at_least_one_image(size, capsys):
 )
 def test_an_incomplete_command_is_refused(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        build_parser().parse_args(command)
+        main(command)
     assert stop.value.code == 2
     assert "usage: fer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_listed_and_explains_itself(command, capsys):
+    for words in (["--help"], [command, "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 0
+        assert COMMANDS[command].lower() in " ".join(capsys.readouterr().out.lower().split())
+
+
+def test_the_package_runs_as_a_module_and_help_imports_no_command():
+    code = """
+import runpy, sys
+sys.argv = ["fer", "--help"]
+try:
+    runpy.run_module("modeling_fer.cli", run_name="__main__")
+except SystemExit as stop:
+    print(stop.code, [name for name in sys.modules if name.startswith("modeling_fer.cli.")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, *_, last = done.stdout.splitlines()
+    assert first.startswith("usage: fer ")
+    assert last == "0 []"
 
 
 def test_the_installed_command(checkpoint, photos):

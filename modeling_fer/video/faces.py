@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 
+from modeling_fer.configuration_fer import CROP_POINTS, check_crop
 from modeling_fer.data.pixels import UnreadableImageError, open_image
 
 REPOSITORY = "opencv/face_detection_yunet"
@@ -152,7 +153,7 @@ class Detector:
         ]
         kept: list[Face] = []
         for face in sorted(found, key=lambda face: -face.score):
-            if all(_overlap(face, other) <= self.overlap for other in kept):
+            if all(iou(face, other) <= self.overlap for other in kept):
                 kept.append(face)
         return sorted(kept, key=lambda face: (-face.area, face.box))
 
@@ -176,8 +177,8 @@ class Detector:
             yield Face((x, y, w, h), points[2:], float(row[14])), max(row[2:4])
 
 
-def _overlap(one: Face, other: Face) -> float:
-    """Intersection over union of two boxes."""
+def iou(one: Face, other: Face) -> float:
+    """Return the intersection over union of two faces' boxes."""
     shared = 1.0
     for axis in (0, 1):
         start = max(one.box[axis], other.box[axis])
@@ -209,8 +210,7 @@ class Crop:
         margin: what is added on each side, in units of the crop's side without it; negative to cut off.
 
     Raises:
-        ValueError: points that are not five or all the same, other points than the name's, no points for a
-            name that is not known, or a margin out of its range.
+        ValueError: see `configuration_fer.check_crop`.
     """
 
     name: str
@@ -218,18 +218,8 @@ class Crop:
     margin: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in TEMPLATES and self.points is None:
-            raise ValueError(f"crop must have points or be one of {', '.join(TEMPLATES)}, got {self.name!r}")
-        known = TEMPLATES.get(self.name, self.points)
-        if self.points not in (None, known):
-            raise ValueError(f"crop {self.name!r} has other points: leave yours out, or give it a new name")
-        object.__setattr__(self, "points", known)
-        if known is not None:
-            points = np.asarray(known, dtype=np.float64)
-            if points.shape != (5, 2) or not np.isfinite(points).all() or not np.ptp(points, axis=0).any():
-                raise ValueError(f"points of a crop must be five (x, y) that differ, got {known}")
-        if not -0.5 < self.margin <= 1:
-            raise ValueError(f"margin of a crop must be above -0.5 and at most 1, got {self.margin}")
+        points = check_crop(dataclasses.asdict(self))["points"]
+        object.__setattr__(self, "points", points and tuple((x, y) for x, y in points))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> "Crop":
@@ -243,23 +233,11 @@ class Crop:
                 "the model's configuration does not say how to crop faces: add to its config.json, for "
                 'example, "crop": {"name": "box", "margin": 0.0}'
             )
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [str(key) for key in values if key not in known]:
-            raise ValueError(f"crop knows {', '.join(known)}; got {', '.join(unknown)}")
-        try:
-            points = values.get("points")
-            points = None if points is None else tuple((float(x), float(y)) for x, y in points)
-            name, margin = str(values["name"]), float(values.get("margin", 0.0))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"crop takes a name, five points (x, y) and a margin, got {dict(values)}"
-            ) from error
-        return cls(name, points, margin)
+        return cls(**check_crop(values))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `from_dict` reads, of JSON's types."""
-        points = None if self.points is None else [list(point) for point in self.points]
-        return {"name": self.name, "points": points, "margin": self.margin}
+        return check_crop(dataclasses.asdict(self))
 
     def matrix(self, face: Face) -> np.ndarray:
         """Return the similarity (2, 3) that takes points of the image to units of the crop, margin included.
@@ -280,14 +258,7 @@ class Crop:
         return matrix / (1 + 2 * self.margin)
 
 
-# ArcFace: `arcface_src` in deepinsight/insightface, python-package/insightface/utils/face_align.py; a side of
-# 112 pixels, whose middles are at whole numbers.
-ARCFACE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
-TEMPLATES: dict[str, tuple[tuple[float, float], ...] | None] = {
-    "arcface112": tuple(((x + 0.5) / 112, (y + 0.5) / 112) for x, y in ARCFACE),
-    "box": None,
-}
-CROPS = {name: Crop(name) for name in TEMPLATES}
+CROPS = {name: Crop(name) for name in CROP_POINTS}
 
 
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
