@@ -1,5 +1,7 @@
 """Configuration of the facial-expression models."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, ViTConfig
@@ -9,6 +11,47 @@ EXPRESSIONS = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "S
 
 POOLINGS = ("mean", "cls", "pooler")
 HEADS = ("transformer", "convolution", "none")
+
+# How faces are cut out, by name: where right eye, left eye, tip of the nose, right and left corner of the
+# mouth (the person's own right and left) belong, in units of the crop's side; None: a plain square box.
+# ArcFace: `arcface_src` in deepinsight/insightface, python-package/insightface/utils/face_align.py; a side of
+# 112 pixels, whose middles are at whole numbers.
+ARCFACE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
+CROP_POINTS: dict[str, list[list[float]] | None] = {
+    "arcface112": [[(x + 0.5) / 112, (y + 0.5) / 112] for x, y in ARCFACE],
+    "box": None,
+}
+
+
+def check_crop(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a crop convention in full, of JSON's types: `name`, `points` and `margin`; see `FerConfig`.
+
+    Raises:
+        ValueError: unknown settings, points that are not five or all the same, other points than the name's,
+            no points for a name that is not known, or a margin out of its range.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"crop must have a name, and perhaps points and a margin, got {values!r}")
+    if unknown := [str(key) for key in values if key not in ("name", "points", "margin")]:
+        raise ValueError(f"crop knows name, points, margin; got {', '.join(unknown)}")
+    try:
+        points = values.get("points")
+        points = None if points is None else [[float(x), float(y)] for x, y in points]
+        name, margin = str(values["name"]), float(values.get("margin", 0.0))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"crop takes a name, five points (x, y) and a margin, got {dict(values)}") from error
+    if name not in CROP_POINTS and points is None:
+        raise ValueError(f"crop must have points or be one of {', '.join(CROP_POINTS)}, got {name!r}")
+    known = CROP_POINTS.get(name, points)
+    if points not in (None, known):
+        raise ValueError(f"crop {name!r} has other points: leave yours out, or give it a new name")
+    if known is not None:
+        finite = all(math.isfinite(value) for point in known for value in point)
+        if len(known) != 5 or not finite or known.count(known[0]) == 5:
+            raise ValueError(f"points of a crop must be five (x, y) that differ, got {known}")
+    if not -0.5 < margin <= 1:
+        raise ValueError(f"margin of a crop must be above -0.5 and at most 1, got {margin}")
+    return {"name": name, "points": known and [list(point) for point in known], "margin": margin}
 
 
 class FerConfig(PreTrainedConfig):
@@ -33,12 +76,18 @@ class FerConfig(PreTrainedConfig):
             `video-classification` pipeline takes of a video.
         postprocess: what turns frame logits into probabilities (`postprocess_fer.PostProcess` as a dict), or
             None: a softmax.
+        crop: how the faces that the model learnt from were cut out, or None: not known. A dict of `name`, one
+            in `CROP_POINTS` or your own; `points`, where the five landmarks belong ((0, 0) top left, (1, 1)
+            bottom right, before the margin), given by a known name; `margin`, what is added on each side, in
+            units of the crop's side without it, negative to cut off. Faces are turned, scaled and shifted to
+            the points; without points ("box") the crop is the smallest square around the middle of a
+            detector's box that holds it.
         id2label: class names by id. Default: the eight Aff-Wild2 classes in their order.
 
     Raises:
         ValueError: unknown pooling, an encoder that is no vision transformer (one `hidden_size`,
-            `image_size` and `patch_size`), an unknown temporal head or one whose sizes do not fit, or class
-            names that repeat.
+            `image_size` and `patch_size`), an unknown temporal head or one whose sizes do not fit, class
+            names that repeat, or a crop that `check_crop` refuses.
     """
 
     model_type = "abaw_fer"
@@ -59,6 +108,7 @@ class FerConfig(PreTrainedConfig):
     frame_rate: float = 30.0
     num_frames: int = 128
     postprocess: dict[str, Any] | None = None
+    crop: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         if self.encoder_config is None:
@@ -92,6 +142,8 @@ class FerConfig(PreTrainedConfig):
         if self.image_size is None:
             native = self.encoder_config.image_size
             self.image_size = native if isinstance(native, int) else native[0]
+        if self.crop is not None:
+            self.crop = check_crop(self.crop)
         if self.id2label is None:
             self.id2label = dict(enumerate(EXPRESSIONS))
         super().__post_init__(**kwargs)

@@ -60,6 +60,12 @@ class FerPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: Any, **kwargs):  # type: ignore[override]
         """Save weights, configuration and, from the package, the code for every Auto class (not just one)."""
         if self._auto_class is not None:
+            # Not above: models load where pipelines do not. Here the line makes its file travel with them.
+            from .pipeline_fer import TASK, FacialExpressionPipeline
+
+            code = f"{FacialExpressionPipeline.__module__.split('.')[-1]}.{FacialExpressionPipeline.__name__}"
+            task = {"impl": code, "pt": [self._auto_class], "type": "video"}
+            self.config.custom_pipelines = {TASK: task} if hasattr(self, "classifier") else {}
             self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
 

@@ -2,10 +2,13 @@ import json
 
 import pytest
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig, ViTConfig
 
 from modeling_fer import CLASSES, FerConfig
-from modeling_fer.configuration_fer import EXPRESSIONS
+from modeling_fer.configuration_fer import CROP_POINTS, EXPRESSIONS
+from modeling_fer.video.faces import Crop
 
 
 def test_the_classes_that_travel_with_a_checkpoint_are_ours():
@@ -95,3 +98,70 @@ def test_what_is_no_plain_vision_transformer_is_refused(kind):
 def test_an_encoder_dict_of_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="nonsense"):
         FerConfig(encoder_config={"model_type": "nonsense"})
+
+
+# -- the crop convention ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crop", [{"name": "box"}, {"name": "arcface112", "margin": 0.1}])
+def test_a_crop_is_kept_in_full(crop, tmp_path):
+    FerConfig(crop=crop).save_pretrained(tmp_path)
+    full = {"points": CROP_POINTS[crop["name"]], "margin": 0.0, **crop}
+    assert json.loads((tmp_path / "config.json").read_text())["crop"] == full
+    assert FerConfig.from_pretrained(tmp_path).crop == full
+
+
+def test_a_checkpoint_from_before_there_was_a_crop_loads(tmp_path):
+    FerConfig(crop={"name": "box"}).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["crop"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert FerConfig.from_pretrained(tmp_path).crop is None
+    assert FerConfig().crop is None
+
+
+def test_five_points_of_your_own():
+    points = [[0.3, 0.3], [0.7, 0.3], [0.5, 0.5], [0.35, 0.7], [0.65, 0.7]]
+    given_points = tuple(map(tuple, points))
+    assert FerConfig(crop={"name": "mine", "points": given_points}).crop["points"] == points
+
+
+@pytest.mark.parametrize(
+    ("crop", "message"),
+    [
+        ("box", "crop must have a name, and perhaps points and a margin, got 'box'"),
+        ({}, "crop takes a name"),
+        ({"name": "square"}, "crop must have points or be one of arcface112, box, got 'square'"),
+        ({"name": "box", "margin": 3}, "margin of a crop must be above -0.5 and at most 1, got 3"),
+        ({"name": "box", "side": 3}, "crop knows name, points, margin; got side"),
+    ],
+)
+def test_a_wrong_crop_is_refused(crop, message):
+    with pytest.raises(ValueError, match=message):
+        FerConfig(crop=crop)
+
+
+coordinates = st.floats(0, 1) | st.just(float("nan"))
+points = (
+    st.none() | st.just(CROP_POINTS["arcface112"]) | st.lists(st.tuples(coordinates, coordinates), max_size=6)
+)
+conventions = st.fixed_dictionaries(
+    {"name": st.sampled_from(["arcface112", "box", "mine"])},
+    optional={"points": points, "margin": st.floats(), "size": st.just(112)},
+)
+
+
+@settings(deadline=None)
+@given(conventions)
+def test_faces_are_cut_out_by_what_a_configuration_takes_and_by_nothing_else(values):
+    def outcome(build):
+        try:
+            return build()
+        except ValueError as error:
+            return str(error)
+
+    stated = outcome(lambda: FerConfig(crop=values).crop)
+    assert outcome(lambda: Crop.from_dict(values).to_dict()) == stated
+    if isinstance(stated, dict):
+        crop = Crop.from_dict(stated)
+        assert Crop(crop.name, crop.points, crop.margin) == Crop.from_dict(values) == crop
