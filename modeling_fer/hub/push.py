@@ -19,13 +19,22 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo
 
-from modeling_fer.hub.release import ADAPTER, adapter_base, adapter_files, check_model, released_files
+from modeling_fer.hub.release import (
+    ADAPTER,
+    adapter_base,
+    adapter_files,
+    check_model,
+    endpoint_files,
+    released_files,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Left on the Hub from an earlier push, these would be loaded with or in place of what is pushed now.
-OUTDATED = re.compile(r"[^/]+\.safetensors(\.index\.json)?|[^/]+_fer\.py|adapter_config\.json|adapter/.+")
+OUTDATED = re.compile(
+    r"[^/]+\.safetensors(\.index\.json)?|[^/]+_fer\.py|handler\.py|adapter_config\.json|adapter/.+"
+)
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Seconds between attempts. Within each, the client itself tries uploads six times.
 PAUSES = (1.0, 4.0)
@@ -250,7 +259,8 @@ def push(
 
     Args:
         folder: as training saves it (`RUN/model`), or an export of it: configuration, weights, image
-            processor, shipped code; with them go card, metrics, arguments, pictures (`released_files`).
+            processor, shipped code; with them go card, metrics, arguments, pictures (`released_files`), and
+            what Inference Endpoints run (`endpoint_files`).
         repo_id: `org/name`; made if it is not there.
         private: make it private; a repository that is public already is refused.
         revision: branch to push to, made from main if it is not there; None: main.
@@ -277,7 +287,7 @@ def push(
     check_model(folder)
     api = HfApi(token=token)
     released = released_files(folder)
-    files: dict[str, Path | bytes] = {**released}
+    files: dict[str, Path | bytes] = {**endpoint_files(folder), **released}
     own: dict[str, Path | bytes] = {}
     if adapter and (folder / ADAPTER).is_dir():
         base = adapter_base(folder, released, base_model)

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_fer
+from modeling_fer.hub import handler
 
 # What of a model folder goes to the Hub. Nothing else does: no checkpoint, log, cache or hidden file.
 MODEL_FILES = (
@@ -19,6 +20,8 @@ MODEL_FILES = (
     "handler.py", "requirements.txt", "metrics.json", "arguments.json", "environment.json",
     "*.png", "*.jpg", "onnx/*.onnx",
 )  # fmt: skip
+# What an Inference Endpoint needs beside a model whose code travels with it; it knows stock models.
+REQUIREMENTS = b"transformers>=5.17\npillow>=11\nav>=14.2\n"
 # What a run keeps beside its model.
 RUN_FILES = ("arguments.json", "environment.json", "metrics.json", "*.png")
 ADAPTER = "adapter"
@@ -44,7 +47,7 @@ base = {architecture}.from_encoder_pretrained("{base}", **options)
 model = PeftModel.from_pretrained(base, "{place}"{where}).eval()
 ```
 """
-OPTIONS = ("image_size", "pooling", "id2label")
+OPTIONS = ("image_size", "pooling", "id2label", "crop")
 VIDEO_OPTIONS = (
     "temporal_head", "temporal_hidden_size", "temporal_num_layers", "temporal_num_heads", "temporal_window",
     "temporal_causal", "frame_rate", "num_frames", "postprocess",
@@ -65,6 +68,13 @@ def released_files(folder: Path) -> dict[str, Path]:
     run = folder.absolute().parent
     is_of_run = folder.absolute().name == "model" and (run / "arguments.json").is_file()
     return {**(listed(run, RUN_FILES) if is_of_run else {}), **listed(folder, MODEL_FILES)}
+
+
+def endpoint_files(folder: Path) -> dict[str, Path | bytes]:
+    """What Inference Endpoints run, by its path in the repository; nothing for a stock model."""
+    if not json.loads((folder / "config.json").read_text()).get("custom_pipelines"):
+        return {}
+    return {"handler.py": Path(handler.__file__), "requirements.txt": REQUIREMENTS}
 
 
 def check_model(folder: Path) -> None:

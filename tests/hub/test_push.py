@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import picture
@@ -23,14 +24,17 @@ from hypothesis import strategies as st
 from test_loading import WITHOUT_THE_PACKAGE
 
 from modeling_fer import FerForImageClassification
+from modeling_fer.hub.export import export
 from modeling_fer.hub.push import PushError, push, summary
 from modeling_fer.hub.release import check_model
 from modeling_fer.learning.adapters import add_lora
 from modeling_fer.learning.image import save_model
 from modeling_fer.learning.inference import load_classifier
 
-CODE = ["configuration_fer.py", "modeling_fer.py", "postprocess_fer.py", "temporal_fer.py"]
+SHIPPED = ("configuration", "frames", "modeling", "pipeline", "postprocess", "temporal")
+CODE = {f"{name}_fer.py" for name in SHIPPED}
 MODEL = {*CODE, "config.json", "model.safetensors", "preprocessor_config.json"}
+ENDPOINT = {"handler.py", "requirements.txt"}
 ADAPTER = {f"adapter/{name}" for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")}
 FAULTS = [401, 403, 409, 429, 500, "drop", "truncate"]
 CARD = "---\nlicense: apache-2.0\npipeline_tag: image-classification\n---\n\n# A model\n"
@@ -88,10 +92,10 @@ def state_of(folder):
     return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def requests_of_a_push(hub, folder):
+def requests_of_a_push(hub, folder, **options):
     """Return how many requests a push to a repository that is not there yet makes."""
     before = len(hub.requests)
-    push(folder, "org/counted")
+    push(folder, "org/counted", **options)
     return len(hub.requests) - before
 
 
@@ -183,13 +187,13 @@ def test_the_release_goes_up_in_one_commit_and_nothing_else_does(hub, model):
     before = state_of(model.parent)
     pushed = push(model, "org/fer")
     records = {"README.md", "arguments.json", "metrics.json", "learning_curve.png"}
-    assert set(pushed.files) == MODEL | ADAPTER | records
+    assert set(pushed.files) == MODEL | ENDPOINT | ADAPTER | records
     files = hub.files("org/fer")
     assert set(files) == set(pushed.files) | {".gitattributes"}
     assert [commit.title for commit in hub.commits("org/fer")] == ["initial commit", "Upload model"]
     assert (pushed.sha, pushed.changed) == (hub.commits("org/fer")[-1].sha, True)
     assert pushed.url == f"{hub.url}/org/fer/commit/{pushed.sha}"
-    assert summary(pushed) == f"14 files: {pushed.url}"
+    assert summary(pushed) == f"18 files: {pushed.url}"
     for name in MODEL | {"README.md"}:
         assert files[name] == (model / name).read_bytes()
     assert not any(b"not for others" in content for content in files.values())
@@ -232,6 +236,17 @@ def test_what_an_earlier_push_left_and_would_be_loaded_is_deleted(hub, model):
     files = hub.files("org/fer")
     assert set(files) == set(pushed.files) | kept.keys() | {".gitattributes"}
     assert {name: files[name] for name in kept} == kept
+
+
+def test_a_handler_of_ones_own_goes_up_and_that_of_a_stock_model_goes_away(hub, model, tmp_path):
+    push(model, "org/fer")
+    assert b"class EndpointHandler" in hub.files("org/fer")["handler.py"]
+    assert b"av>=" in hub.files("org/fer")["requirements.txt"]
+    (model / "handler.py").write_text("# mine\n")
+    push(model, "org/fer")
+    assert hub.files("org/fer")["handler.py"] == b"# mine\n"
+    export(*load_classifier(model), np.zeros((2, 3, 16, 16), np.uint8), tmp_path / "vit", "vit")
+    assert {"handler.py", "pipeline_fer.py"} <= set(push(tmp_path / "vit", "org/fer").deleted)
 
 
 def test_a_branch_is_made_and_main_is_left_alone(hub, model):
@@ -353,6 +368,7 @@ def without_code_map(model):
         (without_code_map, "has no auto_map, so that it loads with this package only"),
         (lambda m: (m / "temporal_fer.py").unlink(), "temporal_fer.py"),
         (lambda m: (m / "modeling_fer.py").unlink(), "modeling_fer.py"),
+        (lambda m: (m / "pipeline_fer.py").unlink(), "pipeline_fer.py"),
         (lambda m: (m / "training_args.bin").write_bytes(b""), "training_args.bin may run code.*delete it"),
         (lambda m: (m / "adapter/x.pkl").write_bytes(b""), "x.pkl may run code"),
         (lambda m: (m / "adapter_config.json").write_text("{}"), "onto merged weights: move it"),
@@ -456,6 +472,28 @@ def test_one_failure_is_told_or_passes(hub, model, what, unchecked):
             assert hub.slept == [WAIT + 1 if what == 429 else 1]
             assert len(hub.commits("org/fer")) == 2
         hub.mend()
+
+
+@pytest.mark.parametrize("what", ["drop", "truncate", 403, 500])
+def test_an_adapters_own_repository_fails_and_is_completed_in_its_turn(hub, model, what, unchecked):
+    options = {"adapter_repo": "org/fer-lora"}
+    total = requests_of_a_push(hub, model, adapter_repo="org/counted-lora")
+    before = state_of(model.parent)
+    for n in range(1, total + 1):
+        for name in ("org/fer", "org/fer-lora"):
+            hub.repositories.pop(name, None)
+        hub.fail(n, what, times=None)
+        with pytest.raises(
+            PushError, match=r"then run again: fer push \S+ org/fer --adapter-repo org/fer-lora"
+        ):
+            push(model, "org/fer", **options)
+        hub.mend()
+        for name in hub.repositories.keys() & {"org/fer", "org/fer-lora"}:
+            whole = set(hub.files(name)) != {".gitattributes"}
+            assert len(hub.commits(name)) == 1 + whole
+        push(model, "org/fer", **options)
+        assert [len(hub.commits(name)) for name in ("org/fer", "org/fer-lora")] == [2, 2]
+    assert state_of(model.parent) == before
 
 
 def test_a_server_that_asks_for_hours_is_not_waited_for(hub, model, monkeypatch):
