@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo app test test-slow test-browser lint clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -37,10 +37,28 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+# Gradio wants an older pillow than the other tests run with, and so an environment of its own.
+APP := demo/.venv
+$(APP)/.installed: pyproject.toml constraints.txt
+	test -x $(APP)/bin/python || $(PYTHON) -m venv $(APP)
+	sed 's/^pillow==.*/pillow==12.3.0/' constraints.txt > $(APP)/constraints.txt
+	$(APP)/bin/python -m pip install --quiet --constraint $(APP)/constraints.txt --editable ".[browser]"
+	touch $@
+
+# The Space on this machine; FER_MODEL and FER_DETECTOR name its model and its face detector.
+app: $(APP)/.installed
+	$(APP)/bin/python demo/app.py
+
+# Debian's chromium, and npm for the static page's libraries; tests that lack theirs are skipped and say so.
+test-browser: $(APP)/.installed
+	command -v chromium || { apt-get update && apt-get install --yes --no-install-recommends chromium; } || true
+	sh demo/web/vendor.sh || true
+	$(APP)/bin/python -m pytest -m browser -rs tests/demo
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build *.egg-info
+	rm -rf .venv demo/.venv demo/web/vendor .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build *.egg-info

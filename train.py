@@ -35,6 +35,7 @@ from modeling_fer.learning.checkpoint import (
     save_checkpoint,
     write_folder,
 )
+from modeling_fer.learning.environment import Environment
 from modeling_fer.learning.history import History
 from modeling_fer.learning.image import image_stage
 from modeling_fer.learning.optimization import (
@@ -119,6 +120,7 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
     """
     accelerator, checkpoint = set_up(arguments)
     run, is_main, device = Path(arguments.output_dir), accelerator.is_main_process, accelerator.device
+    environment = Environment(run / "environment.json", accelerator, arguments.precision, checkpoint)
 
     # Model, data and state
     seed_step(arguments.seed, 0, 0)  # the same initial weights on every process
@@ -151,6 +153,7 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         drop_later(run, state["step"])
     accelerator.init_trackers("logs", config=vars(arguments))
     history = History(run / "history.jsonl", state["step"], is_main)
+    environment.update(state["step"])
     released = average.module if average is not None else stage.model
 
     def backward(loss: torch.Tensor) -> None:
@@ -210,6 +213,7 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         if is_new and (now % arguments.save_steps == 0 or last):
             paused = time.perf_counter()
             save_checkpoint(accelerator, run, state, objects, own, arguments.keep_checkpoints)
+            environment.update(now)
             clock += time.perf_counter() - paused
 
         if last:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import cross_validate
 import train
-from modeling_fer import FerForVideoClassification
+from modeling_fer import CLASSES, FerForVideoClassification
 from modeling_fer.cli import main
 from modeling_fer.data import schema
 from modeling_fer.data.augment import Normalize
@@ -26,6 +26,7 @@ from modeling_fer.learning.arguments import parse_arguments
 from modeling_fer.learning.features import frame_features
 from modeling_fer.learning.inference import load_model
 from modeling_fer.learning.timelines import predict_split
+from modeling_fer.learning.video import build_model
 from tests.runs import run_here
 from tests.test_train import ROOT, TWO_PROCESSES, command, environment, history
 from tests.test_train_semi import assert_same_run
@@ -263,6 +264,21 @@ def test_a_trained_head_goes_on_only_as_it_is(finished, videos, checkpoint, tmp_
     argv = arguments(videos, finished / "model", tmp_path / "run", temporal_window=5)
     with pytest.raises(ValueError, match="is a video model with other temporal_window"):
         train.train(parse_arguments(argv))
+
+
+def test_a_model_of_videos_keeps_the_crop_of_its_image_model(finished, videos, checkpoint, make_model):
+    def crop(start, **options):
+        argv = arguments(videos, checkpoint, "unused", **options)
+        return build_model(parse_arguments(argv), start, list(CLASSES)).config.crop
+
+    box = {"name": "box", "points": None, "margin": 0.0}
+    assert load_model(finished / "model")[0].config.crop == box, "of an image model that says nothing"
+    upright = make_model(crop={"name": "arcface112", "margin": 0.1})
+    assert crop(upright) == upright.config.crop
+    assert crop(upright, crop="arcface112", crop_margin=0.1) == upright.config.crop
+    with pytest.raises(ValueError, match=r"cut out as arcface112, margin 0\.1: leave out --crop"):
+        crop(upright, crop="arcface112")
+    assert crop(make_model(), crop="box", crop_margin=0.2) == {**box, "margin": 0.2}
 
 
 @pytest.mark.parametrize(

@@ -12,22 +12,14 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from modeling_fer.configuration_fer import CROP_POINTS
 from modeling_fer.evaluation.metrics import write_whole
 
 # What may change between an interrupted run and its continuation without changing what is learnt.
 FREE_ON_RESUME = {
-    "resume",
-    "output_dir",
-    "cache_dir",
-    "save_steps",
-    "keep_checkpoints",
-    "log_steps",
-    "tracker",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_base_model",
-    "eval_batch_size",
-}
+    "resume", "output_dir", "cache_dir", "save_steps", "keep_checkpoints", "log_steps", "tracker",
+    "push_to_hub", "hub_model_id", "hub_base_model", "eval_batch_size", "crop", "crop_margin",
+}  # fmt: skip
 
 
 def option(default: Any, help: str) -> Any:
@@ -61,6 +53,12 @@ class FerTrainingArguments:
     hidden_size: int = option(192, "of a new ViT")
     num_layers: int = option(12, "of a new ViT")
     num_heads: int = option(3, "of a new ViT")
+    crop: str = option(
+        "",
+        "how the data's faces are cut out, to be kept in the model: box (a detector's, made square) or "
+        "arcface112 (turned upright by landmarks); empty: as --encoder's were, where it says so, else box",
+    )
+    crop_margin: float = option(0.0, "what --crop adds on each side, in units of its side without it")
     pooling: str = option("mean", "mean, cls or pooler")
     dropout: float = option(0.0, "dropout before the classifier")
     classes: str = option(
@@ -181,6 +179,7 @@ class FerTrainingArguments:
     def __post_init__(self) -> None:
         choices = {
             "stage": ("pretrain", "image", "video"),
+            "crop": ("", *CROP_POINTS),
             "temporal_head": ("transformer", "convolution", "none"),
             "class_loss": ("plain", "balanced", "logit_adjusted"),
             "classes": ("all", "present"),
@@ -246,6 +245,10 @@ class FerTrainingArguments:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}")
+        if not -0.5 < self.crop_margin <= 1 or (self.crop_margin and not self.crop):
+            raise ValueError(
+                f"--crop_margin must be above -0.5 and at most 1, and go with --crop, got {self.crop_margin}"
+            )
         if self.max_steps < 0 or not self.epochs > 0:
             raise ValueError(f"--max_steps {self.max_steps} --epochs {self.epochs}: nothing would be trained")
         for name in (
@@ -295,8 +298,10 @@ class FerTrainingArguments:
         for name in ("layer_decay", "mask_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
-        if self.stage == "pretrain" and (self.encoder or self.lora_rank):
-            raise ValueError("--stage pretrain trains a new ViT whole: leave out --encoder and --lora_rank")
+        if self.stage == "pretrain" and (self.encoder or self.lora_rank or self.crop):
+            raise ValueError(
+                "--stage pretrain trains a new ViT whole: leave out --encoder, --lora_rank and --crop"
+            )
         if self.stage == "video":
             if not self.encoder:
                 raise ValueError(

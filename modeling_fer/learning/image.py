@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import ViTConfig, ViTImageProcessor
+from transformers import AutoConfig, ViTConfig, ViTImageProcessor
 
 from modeling_fer import FerConfig, FerForImageClassification
+from modeling_fer.configuration_fer import check_crop
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.collection import Collection, expressions_of
 from modeling_fer.data.dataset import FaceDataset
@@ -81,6 +82,16 @@ def condition_vit(encoder: nn.Module) -> None:
     filters -= filters.mean(dim=(2, 3), keepdim=True)
 
 
+def crop_to_state(arguments: FerTrainingArguments, start: Any) -> dict[str, Any]:
+    """The crop convention that a model is to state: as asked for, else that of the model it starts from.
+
+    Where `start`, a configuration or None, says nothing of it, a plain square box: most data sets' faces are
+    cut out like that.
+    """
+    asked = {"name": arguments.crop, "margin": arguments.crop_margin} if arguments.crop else None
+    return check_crop(asked or getattr(start, "crop", None) or {"name": "box"})
+
+
 def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForImageClassification:
     """A classifier on a pretrained encoder, or on a new ViT."""
     options: dict[str, Any] = {
@@ -91,6 +102,8 @@ def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForIm
     }
     if arguments.encoder:
         try:
+            start = AutoConfig.from_pretrained(arguments.encoder)
+            options["crop"] = crop_to_state(arguments, start if isinstance(start, FerConfig) else None)
             return FerForImageClassification.from_encoder_pretrained(arguments.encoder, **options)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
@@ -105,6 +118,7 @@ def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForIm
         intermediate_size=4 * arguments.hidden_size,
         initializer_range=arguments.hidden_size**-0.5,
     )
+    options["crop"] = crop_to_state(arguments, None)
     model = FerForImageClassification(FerConfig(encoder_config=encoder_config, **options))
     condition_vit(model.fer.encoder)
     return model

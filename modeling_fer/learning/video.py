@@ -29,7 +29,7 @@ from modeling_fer.labels import IGNORE
 from modeling_fer.learning.adapters import add_lora, merge_lora
 from modeling_fer.learning.arguments import FerTrainingArguments
 from modeling_fer.learning.features import EncodedFrames, frame_features, model_digest
-from modeling_fer.learning.image import choose_classes, freeze_unused, save_model
+from modeling_fer.learning.image import choose_classes, crop_to_state, freeze_unused, save_model
 from modeling_fer.learning.inference import load_model, over_all_classes
 from modeling_fer.learning.losses import FrameLoss
 from modeling_fer.learning.stage import Stage
@@ -149,7 +149,8 @@ def build_model(arguments: FerTrainingArguments, start: Any, classes: list[str])
     """A new temporal head on the encoder of a trained image model, or all of a trained video model.
 
     Raises:
-        ValueError: the arguments ask for another temporal head or other classes than the video model has.
+        ValueError: the arguments ask for another temporal head or other classes than the video model has, or
+            for another crop convention than the encoder's.
     """
     options: dict[str, Any] = {
         "temporal_head": arguments.temporal_head,
@@ -169,7 +170,13 @@ def build_model(arguments: FerTrainingArguments, start: Any, classes: list[str])
         "encoder_config": config.encoder_config,
         "pooling": config.pooling,
         "image_size": config.image_size,
+        "crop": crop_to_state(arguments, config),
     }
+    if config.crop not in (None, shared["crop"]):
+        raise ValueError(
+            f"--encoder {arguments.encoder} knows faces cut out as {config.crop['name']}, margin "
+            f"{config.crop['margin']:g}: leave out --crop, or first train an image model on faces like yours"
+        )
     model = FerForVideoClassification(FerConfig(**shared, **options))
     if not isinstance(start, FerForVideoClassification):
         model.fer.load_state_dict(start.fer.state_dict())

@@ -116,7 +116,7 @@ def test_a_value_of_the_wrong_type_stops_the_command(config, capsys):
         ("sampler_bound", 0.9), ("sampler_bound", 0), ("sampler_bound", float("nan")),
         ("sampler_bound", float("inf")), ("holdout", 1), ("holdout", -0.1), ("round_steps", -1),
         ("stream_memory", 0), ("mask_ratio", 0), ("mask_ratio", 1.1), ("layer_decay", 0),
-        ("decoder_layers", 0), ("decoder_hidden_size", 0),
+        ("decoder_layers", 0), ("decoder_hidden_size", 0), ("crop", "round"), ("crop_margin", 0.1),
     ],
 )  # fmt: skip
 def test_values_out_of_range_name_their_flag(name, value):
@@ -131,6 +131,9 @@ def test_values_out_of_range_name_their_flag(name, value):
         ({"method": "feedback", "accumulation_steps": 2}, "use --accumulation_steps 1"),
         ({"stage": "pretrain", "method": "fixmatch"}, "leave them out of --stage pretrain"),
         ({"stage": "pretrain", "encoder": "e"}, "leave out --encoder"),
+        ({"stage": "pretrain", "crop": "box"}, "leave out --encoder, --lora_rank and --crop"),
+        ({"crop": "box", "crop_margin": -0.5}, "--crop_margin must be above -0.5 and at most 1"),
+        ({"crop": "box", "crop_margin": float("nan")}, "--crop_margin must be"),
         ({"augmentation": "none", "erasing": 0.5}, "--erasing 0.5 needs --augmentation"),
     ],
 )
@@ -163,6 +166,8 @@ def test_differences_are_those_that_decide_what_is_learnt():
     assert other.differences(saved) == ["seed: 0 -> 1"]
     assert saved.keys() >= FREE_ON_RESUME
     del saved["dropout"]  # a run of a version without this field
+    assert other.differences(saved) == ["dropout: None -> 0.0", "seed: 0 -> 1"]
+    del saved["crop"], saved["crop_margin"]  # they only say how the data were made
     assert other.differences(saved) == ["dropout: None -> 0.0", "seed: 0 -> 1"]
 
 

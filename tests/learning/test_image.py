@@ -51,6 +51,22 @@ def test_a_pretrained_model_keeps_its_weights_and_takes_the_new_size(checkpoint)
     )
 
 
+def test_a_model_states_how_its_faces_were_cut_out(checkpoint, make_model, tmp_path):
+    box, asked = ({"name": "box", "points": None, "margin": margin} for margin in (0.0, 0.1))
+    assert build_model(arguments(), list(CLASSES)).config.crop == box
+    assert build_model(arguments(crop="box", crop_margin=0.1), list(CLASSES)).config.crop == asked
+    assert build_model(arguments(encoder=str(checkpoint)), list(CLASSES)).config.crop == box, (
+        "it says nothing"
+    )
+    make_model(crop={"name": "arcface112"}).save_pretrained(tmp_path / "ours")
+    inherited = build_model(arguments(encoder=str(tmp_path / "ours")), list(CLASSES)).config.crop
+    assert (inherited["name"], len(inherited["points"])) == ("arcface112", 5)
+    other = arguments(encoder=str(tmp_path / "ours"), crop="box", crop_margin=0.1)
+    assert build_model(other, list(CLASSES)).config.crop == asked
+    make_model().fer.encoder.save_pretrained(tmp_path / "foreign")
+    assert build_model(arguments(encoder=str(tmp_path / "foreign")), list(CLASSES)).config.crop == box
+
+
 def test_the_processor_normalises_as_the_encoder_was_trained(checkpoint, tmp_path):
     own = build_processor(arguments(), 32)
     assert (own.size["height"], own.size["width"]) == (32, 32)
