@@ -7,6 +7,7 @@ import tempfile
 # Before huggingface_hub is imported: what asks the network fails, and no cache outlives the tests.
 CACHE = tempfile.TemporaryDirectory(prefix="fer-tests-", ignore_cleanup_errors=True)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": CACHE.name}
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side: threads would wait for each other
 
 import numpy as np
 import pytest

@@ -34,16 +34,16 @@ class FeedbackStep:
     Args:
         student: classifier, prepared for its device.
         plain: the same, not wrapped for several processes.
-        teacher, optimizer, schedule: of the same kind as the student's, prepared; their state is saved by
-            accelerate but for the schedule's.
+        teacher, optimizer, schedule: of the same kind as the student's, prepared, the schedule the very same;
+            their state is saved by accelerate but for the schedule's.
         views, labeler, autocast, lambda_u, label_smoothing, soft_labels, feedback: as in `FixMatchStep`.
         feedback_weight: `eta`.
         max_grad_norm: the teacher's gradients are clipped to it; infinity: not.
         steps, finetune_steps: all steps of the run, and how many of them at the end fine-tune.
         accelerator: for gradients and means over processes.
         student_lambda_x: weight of a labelled loss in the student's own; 0: pseudo-labels alone, as in the
-            paper, which needs many steps. What labels do for the student does not hang on `yhat`: on average
-            the baseline in `h` takes it out.
+            paper, which needs many steps. What labels do for the student is in every `h`: the baseline takes
+            out what they usually do.
     """
 
     def __init__(
@@ -120,7 +120,9 @@ class FeedbackStep:
         backward(loss)
 
         def teach() -> Logs:
-            h = self.improvement(before, self.judge(x, batch["labels"])).float()
+            # The teacher's schedule is the student's, and has yet to follow it to the next step.
+            rate = self.schedule.get_last_lr()[0] / self.schedule.base_lrs[0]
+            h = self.improvement(before, self.judge(x, batch["labels"]), rate).float()
             self.improvements.append(h.item())
             teacher_loss = labelled_loss + self.lambda_u * consistency + self.feedback_weight * h * taught
             self.accelerator.backward(teacher_loss)

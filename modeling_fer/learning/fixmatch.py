@@ -43,7 +43,7 @@ class SamplerFeedback:
     Attributes:
         bound: class weights stay within `1/bound` and `bound` times uniform; 1: no feedback.
         recall: counts held-out labelled faces and those that a model has right, on all processes; None: go by
-            the pseudo-labels alone.
+            the probabilities behind the pseudo-labels alone.
     """
 
     bound: float
@@ -113,15 +113,17 @@ class FixMatchStep:
         x, weak = self.views.labelled(batch["pixels"]), self.views.weak(batch["unlabelled_pixels"])
         strong = self.views.strong(batch["unlabelled_pixels"])
         chosen_by = self.plain if self.teacher is None else self.teacher.module
-        weak_logits = self.predict(chosen_by, weak)
+        # The gate compares scores of labelled and unlabelled faces, so that one model must give both.
+        compared = not self.labeler.gate.keeps_all
+        weak_logits = self.predict(chosen_by, torch.cat([weak, x]) if compared else weak)
         with self.autocast():
             logits = self.model(pixel_values=torch.cat([x, strong])).logits.float()
         logits, strong_logits = logits[: len(x)], logits[len(x) :]
         pseudo = self.labeler(
-            weak_logits,
+            weak_logits[: len(weak)],
             batch["unlabelled_index"],
             batch["unlabelled_labels"],
-            logits.detach(),
+            weak_logits[len(weak) :] if compared else logits.detach(),
             batch["labels"],
         )
         labelled_loss = cross_entropy(logits, batch[self.target], label_smoothing=self.label_smoothing)

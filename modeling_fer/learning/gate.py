@@ -53,6 +53,11 @@ class Gate:
         self.score, self.quantile, self.momentum = score, quantile, momentum
         self.floor = torch.tensor(-torch.inf, dtype=torch.float64)
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no image is ever left out."""
+        return self.score is alike
+
     @torch.no_grad()
     def observe(self, labelled_logits: torch.Tensor) -> None:
         """Take in the logits `(L, C)` of labelled faces of all processes.

@@ -11,7 +11,9 @@ What follows for a teacher's loss `h * CE(z, yhat)`, `h` a constant to autograd:
 
 - Sign: `h = before - after - b`. Labels after which the student improved become more probable.
 - Size: `before - after` is `lr * <grad L, grad CE(student, yhat)>` to first order for a student of plain SGD:
-  the student's learning rate is in it. A mean over `B` in place of the sum gives `grad J / B`.
+  the student's learning rate is in it. A schedule would carry it into `h`: against the steps of the past
+  every label would look good while the rate rises, and bad while it falls. So the difference is divided by
+  the rate, as a share of its peak. A mean over `B` in place of the sum gives `grad J / B`.
 - Label: `yhat` is what the student was trained on. A label that does not follow the student's says nothing:
   with `b = E[h]` its gradient is zero on average.
 - Logits: `z` are those that `yhat` came from. Shifted by constants (not debiased where the labels were) they
@@ -31,42 +33,50 @@ import torch
 class Improvement:
     """How much more one step of the student lowered its labelled loss than its steps have of late.
 
-    The baseline is the moving average of all earlier differences, `a <- m a + (1 - m) (before - after)` from
-    `a = 0`, divided by `1 - m^steps` as in Adam (Kingma and Ba, 2015, algorithm 1). Thus it is a true
+    The baseline is the moving average of all earlier differences, `a <- m a + (1 - m) (before - after)/rate`
+    from `a = 0`, divided by `1 - m^steps` as in Adam (Kingma and Ba, 2015, algorithm 1). Thus it is a true
     weighted mean from the second step on; uncorrected, it would take some `1 / (1 - m)` steps to leave its
     start, and all labels would be praised meanwhile for what any step brings. The present step is not in it:
     a baseline must not know the label. The first step has no past to be compared with and gets 0.
 
     Args:
-        momentum: `m`, in [0, 1).
+        momentum: `m`, in [0, 1). What a step brings falls as the student learns: a baseline that remembers
+            much longer than that takes would blame every label for it.
 
     Raises:
         ValueError: `momentum` is out of range.
     """
 
-    def __init__(self, momentum: float = 0.99) -> None:
+    def __init__(self, momentum: float = 0.5) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), not {momentum}")
         self.momentum = momentum
         self.average: float | torch.Tensor = 0.0
         self.steps = 0
 
-    def __call__(self, before: float | torch.Tensor, after: float | torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, before: float | torch.Tensor, after: float | torch.Tensor, rate: float = 1.0
+    ) -> torch.Tensor:
         """Compare two losses on the same labelled faces, then count them into the baseline.
 
         Args:
             before: mean cross-entropy of the student on the labelled global batch before its step, in nats,
                 shape `()`; the same on all processes.
             after: the same after its step; same faces, same views, no dropout.
+            rate: learning rate of that step as a share of its peak. 0: nothing was learnt, `h` is 0, and the
+                step does not count.
 
         Returns:
             `h` of shape `()`, float64, without gradient, on the device of the losses: positive when the step
-            helped more than usual.
+            helped more than usual, in nats of a step at the peak rate.
 
         Raises:
             ValueError: a loss is not a scalar, or is in half precision, where one step's change is rounding.
         """
         gain = exact(before) - exact(after)
+        if rate <= 0:
+            return torch.zeros_like(gain)
+        gain = gain / rate
         baseline = self.average / (1 - self.momentum**self.steps) if self.steps else gain
         self.average = self.momentum * self.average + (1 - self.momentum) * gain
         self.steps += 1

@@ -58,9 +58,9 @@ class PseudoLabeler:
         self.counts = self._no_counts()
 
     def _no_counts(self) -> dict[str, torch.Tensor]:
-        """Sums over the current round, by class of the pseudo-label but for the number of faces."""
+        """Sums over the current round, by class of the pseudo-label; of probabilities, each class's own."""
         zeros = torch.zeros(self.rule.num_classes, dtype=torch.float64)
-        names = ("weight", "known", "right", "gated", "faces")
+        names = ("weight", "known", "right", "gated", "faces", "probability")
         return {name: zeros.clone() for name in names}
 
     @torch.no_grad()
@@ -103,6 +103,7 @@ class PseudoLabeler:
         weights = self.rule.weights(distributions) * kept
         chosen = distributions.argmax(1)
         self._count(chosen, weights, kept, hidden)
+        self.counts["probability"] = self.counts["probability"].to(distributions) + distributions.sum(0)
         mine = slice(self.rank * size, (self.rank + 1) * size)
         return PseudoLabels(chosen[mine], distributions[mine].float(), weights[mine])
 
@@ -122,10 +123,12 @@ class PseudoLabeler:
             self.counts[name] = self.counts[name].to(values) + (by_class * values[:, None]).sum(0)
 
     def shares(self) -> torch.Tensor | None:
-        """Share of each class in this round's pseudo-labels, `(C,)`; None where there were none."""
-        weight = self.counts["weight"]
-        total = weight.sum()
-        return weight / total if total > 0 else None
+        """Mean of what this round's labels are the maxima of, `(C,)`; None where there were no faces.
+
+        Not the histogram of labels that count: a round may have a handful of those, which is noise.
+        """
+        faces = self.counts["faces"].sum()
+        return self.counts["probability"] / faces if faces > 0 else None
 
     def end_round(self) -> dict[str, Any]:
         """Numbers on the round that ends, and a new count.

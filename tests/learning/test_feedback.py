@@ -33,12 +33,15 @@ RATE = 0.1  # of the teacher's plain SGD
 ALONE: Any = SimpleNamespace(backward=backward, reduce=lambda value, how: value)
 
 
-def make(tau=0.0, threshold=0.0, seed=0, steps=100, finetune_steps=0, weak=weak_view, dropout=0.0, **options):
+def make(
+    tau=0.0, threshold=0.0, seed=0, steps=100, finetune_steps=0, weak=weak_view, dropout=0.0, warmup=0.0,
+    ends=10**9, model=Classifier, optimizer=torch.optim.SGD, rate=RATE, num_classes=CLASSES, **options,
+):  # fmt: skip
     torch.manual_seed(seed)
-    student, teacher = Classifier(dropout), Classifier()
-    optimizer = torch.optim.SGD(teacher.parameters(), RATE)
+    student, teacher = model(dropout), model()
+    optimizer = optimizer(teacher.parameters(), rate)
     labeler = PseudoLabeler(
-        make_rule("fixed", CLASSES, threshold), Marginal(CLASSES, 0.9), tau, None, make_gate("none"),
+        make_rule("fixed", num_classes, threshold), Marginal(num_classes, 0.9), tau, None, make_gate("none"),
         gather=lambda part: part, rank=0,
     )  # fmt: skip
     views: Any = Views(weak, weak, strong_view)
@@ -47,7 +50,7 @@ def make(tau=0.0, threshold=0.0, seed=0, steps=100, finetune_steps=0, weak=weak_
         "feedback_weight": 2.0, "max_grad_norm": math.inf, **options,
     }  # fmt: skip
     return FeedbackStep(
-        student, student, teacher, optimizer, build_schedule(optimizer, 0.0, 10**9), views, labeler,
+        student, student, teacher, optimizer, build_schedule(optimizer, warmup, ends), views, labeler,
         contextlib.nullcontext, steps=steps, finetune_steps=finetune_steps, accelerator=ALONE, **options,
     )  # fmt: skip
 
@@ -63,10 +66,11 @@ def copies(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
-def test_both_losses_as_the_formula_says():
+@pytest.mark.parametrize("lambda_x", [0.0, 0.6])
+def test_both_losses_as_the_formula_says(lambda_x):
     """Losses and gradients of student and teacher, one term after the other, from separate passes."""
     tau, p = 1.3, torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64)
-    step, given = primed(make(tau, threshold=0.6), -0.2), batch(1)
+    step, given = primed(make(tau, threshold=0.6, student_lambda_x=lambda_x), -0.2), batch(1)
     step.labeler.marginal.value = p
     same = make(tau, threshold=0.6)  # the same weights, for our own sums
     teacher, student = same.teacher, same.student
@@ -87,6 +91,7 @@ def test_both_losses_as_the_formula_says():
     logs = step(given, backward)
     assert all(weight.grad is None for weight in step.teacher.parameters())
     loss = (mask * F.cross_entropy(student(strong).logits + margin, label, reduction="none")).mean()
+    loss = loss + lambda_x * F.cross_entropy(student(x).logits, y)
     loss.backward()
     assert logs["loss"].item() == pytest.approx(loss.item(), abs=1e-6)
     for a, b in zip(gradients(step.student), gradients(student), strict=True):
@@ -156,6 +161,53 @@ def update_student(step, rate):
         for p in step.student.parameters():
             p -= rate * p.grad
             p.grad = None
+
+
+class Perceptron(torch.nn.Module):
+    """Seven classes from 64 numbers."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 7))
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(logits=self.layers(pixel_values))
+
+
+@pytest.mark.parametrize("lambda_x", [0.0, 1.0])
+def test_a_schedule_neither_praises_nor_blames_the_labels(lambda_x):
+    """Labels of even quality: in every third of a run about half of the steps help more than usual."""
+    steps, rate = 200, 1.5e-3
+    step = make(
+        0.5, 0.5, model=Perceptron, num_classes=7, optimizer=torch.optim.AdamW, rate=rate, warmup=0.1,
+        ends=steps, steps=steps, lambda_u=1.0, feedback_weight=1.0, max_grad_norm=1.0,
+        student_lambda_x=lambda_x,
+    )  # fmt: skip
+    step.views = Views(lambda x: x, lambda x: x, lambda x: x + 0.5 * torch.randn_like(x))  # type: ignore
+    means = torch.randn(7, 64) * 0.35
+    optimizer = torch.optim.AdamW(step.student.parameters(), rate)
+    schedule = build_schedule(optimizer, 0.1, steps)
+    signs = []
+    for _ in range(steps):
+        labels = torch.randint(7, (96,))
+        faces = means[labels] + torch.randn(96, 64)
+        given = {"pixels": faces[:32], "labels": labels[:32], "unlabelled_pixels": faces[32:]}
+        given |= {"unlabelled_labels": labels[32:], "unlabelled_index": torch.arange(64)}
+        step(given, backward)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        signs.append(step.after_update()["h"].item() > 0)
+    for third in (signs[:66], signs[66:132], signs[132:]):
+        assert 0.3 < sum(third) / len(third) < 0.7
+
+
+def test_a_step_at_no_rate_teaches_nothing_and_is_not_compared_with():
+    step = primed(make(warmup=0.5, ends=4), 0.1)  # begins at a rate of 0
+    step(batch(0), backward)
+    update_student(step, 0.5)
+    assert step.after_update()["h"].item() == 0
+    assert step.improvement.state_dict()["steps"] == 1
 
 
 def test_only_the_loop_moves_the_student():

@@ -221,15 +221,30 @@ def test_saved_and_loaded_goes_on_as_if_nothing_had_happened(teacher_ema):
 def test_a_round_hands_class_weights_to_the_sampler():
     recall = np.array([1, 2, 4]), np.array([4, 4, 4])
     step = make(bound=3.0, recall=lambda model: recall)
+    assert step.labeler.shares() is None, "no faces yet: recall alone has a say"
+    alone = step.end_round().class_weights
+    assert np.array_equal(alone, feedback_weights(np.full(3, 1 / 3), np.array([0.25, 0.5, 1]), 3.0))
     step(batch(0), backward)
-    assert step.labeler.shares() is None, "nothing was sure enough: recall alone has a say"
-    shares = np.full(3, 1 / 3)
+    shares = step.labeler.shares().numpy()  # there, though no label was sure enough
+    assert shares.sum() == pytest.approx(1)
+    assert shares.min() > 0
     ended = step.end_round()
     assert np.array_equal(ended.class_weights, feedback_weights(shares, np.array([0.25, 0.5, 1]), 3.0))
     assert ended.logs["class_weights"] == ended.class_weights.tolist()
     assert ended.logs["held_out_recall"] == [0.25, 0.5, 1]
     assert ended.logs["pseudo_label_histogram"] == [0, 0, 0]
     assert step.labeler.counts["faces"].sum() == 0, "a new round has begun"
+
+
+def test_the_gate_compares_scores_of_one_model_without_dropout():
+    step = make(dropout=0.9)
+    step.labeler.gate = make_gate("energy")
+    step(batch(0), backward)
+    with torch.no_grad():
+        logits = step.model.eval()(weak_view(batch(0)["pixels"])).logits.double()
+    assert step.labeler.gate.floor.item() == pytest.approx(
+        logits.logsumexp(1).quantile(0.05).item(), abs=1e-6
+    )
 
 
 def test_a_bound_of_one_is_no_feedback():
