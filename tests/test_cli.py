@@ -198,6 +198,33 @@ def test_eval_resamples_videos_or_subjects(case, checkpoint, prepared, tmp_path,
     assert written["interval"] == expected["interval"]
 
 
+def test_eval_scores_groups_of_people(checkpoint, prepared, tmp_path, capsys):
+    rows = schema.load(prepared, "validation")["validation"].to_list()
+    for row, subject in zip(rows, ["p1", "p2", "p2", None] * 4, strict=True):
+        row["subject"] = subject
+    (tmp_path / "data/data").mkdir(parents=True)
+    file = str(tmp_path / "data/data/validation-00000-of-00001.parquet")
+    Dataset.from_list(rows, features=schema.FEATURES).to_parquet(file)
+    table = tmp_path / "people.csv"
+    table.write_text("subject,age\np2,old\np3,young\n")
+    command = ["eval", "--model", str(checkpoint), "--data", str(tmp_path / "data")]
+    command += ["--out", str(tmp_path / "out"), "--groups", str(table)]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "out/metrics.json").read_text())["per_group"]
+    sizes = {name: one["samples"] for name, one in found["age"].items()}
+    assert sizes == {"old": 8, "not stated": 8}
+    assert "by age:" in capsys.readouterr().out
+
+    for text, message in {
+        "age\nold\n": "a column subject or video",
+        "subject,age\np1,old\np1,young\n": "several rows",
+        "subject,age\nnone of these,young\n": "no subject of the data",
+    }.items():
+        table.write_text(text)
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("split", ["test", "unlabeled"])
 def test_eval_needs_a_split_with_labels(split, checkpoint, prepared, tmp_path, capsys):
     command = ["eval", "--model", str(checkpoint), "--data", str(prepared), "--out", str(tmp_path / "out")]

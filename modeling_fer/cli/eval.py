@@ -1,6 +1,7 @@
 """`fer eval`: a model judged on a prepared data set."""
 
 import argparse
+import csv
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from modeling_fer.learning.inference import (
 from modeling_fer.learning.timelines import predict_split, tracks_of
 
 TIMELINES = 4  # videos that are drawn
+UNKNOWN = "not stated"  # group of those of whom it is not known
 COPY_SIZE = 48  # pixels at which copies of training images are looked for
 
 
@@ -38,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for metrics.json and pictures")
     parser.add_argument(
         "--drop-train-copies", action="store_true", help="leave out images that are also in the train split"
+    )
+    parser.add_argument(
+        "--groups",
+        type=Path,
+        metavar="CSV",
+        help="table of people: a column subject or video, and further ones (age, say) to score by",
     )
     parser.add_argument("--against", help="an earlier model, to say by how much this one is better")
     parser.add_argument("--batch-size", type=at_least_one, default=256)
@@ -58,7 +66,8 @@ def evaluate(args: argparse.Namespace) -> int:
         about["dropped"] = f"{copies.sum()} images whose pixels are also in train"
         print(about["dropped"])
     groups, unit = resampling_groups(split)
-    metrics = write_report(Path(args.out), references, probabilities, CLASSES, about, groups, unit)
+    people = read_groups(args.groups, split) if args.groups else None
+    metrics = write_report(Path(args.out), references, probabilities, CLASSES, about, groups, unit, people)
     print(f"{args.model} on {args.split} of {args.data}\n{summary(metrics)}")
     if args.against:
         first = predict_rows(args.against, split, args).argmax(-1)
@@ -84,6 +93,37 @@ def resampling_groups(split: Dataset) -> tuple[np.ndarray | None, str]:
         if None not in found and len(found) > 1:
             return np.asarray(ids, dtype=object), f"{column}s"
     return None, "images"
+
+
+def read_groups(path: Path, split: Dataset) -> dict[str, np.ndarray]:
+    """Values `(N,)` of each grouping of a table of people, by the grouping's name.
+
+    Args:
+        path: csv with a column `subject` or `video`, whose ids are those of the data, and further columns.
+        split: rows of a prepared data set.
+
+    Raises:
+        ValueError: no such columns, an id twice, or none of the split's.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    columns = list(rows[0]) if rows else []
+    key = next((name for name in ("subject", "video") if name in columns), None)
+    if key is None or len(columns) < 2:
+        raise ValueError(
+            f"{path}: expected a row a person, a column subject or video, and one column or more of groups; "
+            f"found {', '.join(columns) or 'nothing'}"
+        )
+    table = {row[key]: row for row in rows}
+    if len(table) < len(rows):
+        raise ValueError(f"{path}: some {key} has several rows: leave one of each")
+    ids = split[key][:]
+    if not table.keys() & set(ids):
+        raise ValueError(f"{path}: no {key} of the data is in it; its ids must be those of the data")
+    names = [name for name in columns if name and name != key]
+    return {
+        name: np.array([(table.get(i, {}).get(name) or "").strip() or UNKNOWN for i in ids]) for name in names
+    }
 
 
 def predict_rows(folder: str, split: Dataset, args: argparse.Namespace) -> np.ndarray:
