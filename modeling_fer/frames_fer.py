@@ -4,6 +4,7 @@ Needed beyond transformers: Pillow, and PyAV for video files. They are looked fo
 so that models load without them.
 """
 
+import contextlib
 import importlib
 import io
 import os
@@ -15,10 +16,13 @@ from transformers.image_utils import load_image
 
 TIMEOUT = 60  # seconds without an answer, of URLs
 URLS = ("http://", "https://")
+# What Pillow may open: not its rarer formats, of which some start other programs.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM")
 # Pictures that move are videos. A JPEG may hold several pictures too (a small copy, the other eye's view).
-MOVING = ("GIF", "PNG", "WEBP")
+MOVING = ("GIF", "PNG", "WEBP", "AVIF")
+SHOWN = 100  # milliseconds of each picture of one that moves and does not say how fast, as in browsers
 # Containers that FFmpeg may take bytes for: none that names other files or addresses, as playlists do.
-CONTAINERS = "mov,mp4,matroska,webm,avi,gif,apng,mpeg,mpegts,mpegvideo,m4v,flv,asf,ogg,h264,hevc,ivf"
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,flv,asf,ogg,h264,hevc,ivf"
 
 # One frame: what the image processor takes, and its time in seconds where it has one.
 Frame = tuple[Any, float | None]
@@ -36,7 +40,7 @@ def needed(name: str, package: str) -> Any:
         raise ImportError(f"reading this input needs {package}: pip install {package}") from error
 
 
-def told(source: Any) -> str:
+def input_name(source: Any) -> str:
     """How messages call an input."""
     return os.fspath(source) if isinstance(source, str | os.PathLike) else "the input"
 
@@ -49,26 +53,64 @@ def check_pixels(width: int, height: int, most: int | None, name: str) -> None:
         )
 
 
-def read_still(source: Any, most_pixels: int | None, name: str) -> Any:
-    """One picture of a path, file or PIL image, upright and in RGB; None: it is none, or one that moves.
+@contextlib.contextmanager
+def refusing_damage(name: str) -> Iterator[None]:
+    """Whatever goes wrong with an image becomes a ValueError that names it: damage raises nearly any kind."""
+    try:
+        yield
+    except Exception as error:
+        is_bomb = type(error).__name__ == "DecompressionBombError"
+        raise ValueError(
+            f"{name} is {'too large' if is_bomb else 'damaged or unreadable'}: {error}"
+        ) from error
+
+
+def open_image(source: Any, name: str) -> Any:
+    """The PIL image of a path or a file, not decoded yet; None: it is none.
 
     Raises:
-        ValueError: a picture that is damaged or too large.
+        ValueError: it is damaged or too large.
     """
     pil = needed("PIL.Image", "pillow")
-    try:
-        image = source if isinstance(source, pil.Image) else pil.open(source)
-    except pil.UnidentifiedImageError:
-        return None
-    except pil.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {error}") from error
-    if image.format in MOVING and getattr(image, "is_animated", False):
-        return None
+    pil.init()
+    formats = [one for one in FORMATS if one in pil.OPEN]  # older ones have no AVIF
+    with refusing_damage(name), contextlib.suppress(pil.UnidentifiedImageError):
+        return pil.open(source, formats=formats)
+    return None
+
+
+def is_moving(image: Any, name: str) -> bool:
+    """Whether a PIL image has several pictures, one after the other."""
+    with refusing_damage(name):
+        return image.format in MOVING and getattr(image, "is_animated", False)
+
+
+def read_still(image: Any, most_pixels: int | None, name: str) -> Any:
+    """The picture of a PIL image, upright and in RGB.
+
+    Raises:
+        ValueError: it is damaged or too large.
+    """
     check_pixels(image.width, image.height, most_pixels, name)
-    try:
+    with refusing_damage(name):
         return load_image(image)
-    except Exception as error:  # damaged EXIF raises nearly any kind
-        raise ValueError(f"{name} is a damaged image: {error}") from error
+
+
+def read_moving(image: Any, most_pixels: int | None, name: str) -> Iterator[Frame]:
+    """The pictures of a PIL image that moves, with seconds from the first; one at a time is in memory.
+
+    Raises:
+        ValueError: it is damaged or too large.
+    """
+    milliseconds = 0.0
+    with image:
+        with refusing_damage(name):  # a PNG may begin with a picture for those who cannot show it moving
+            numbers = range(bool(image.info.get("default_image")), image.n_frames)
+        for number in numbers:
+            with refusing_damage(name):
+                image.seek(number)
+            yield read_still(image, most_pixels, name), milliseconds / 1000
+            milliseconds += image.info.get("duration") or SHOWN
 
 
 def read_video(source: Any, most_pixels: int | None, name: str) -> Iterator[Frame]:
@@ -116,7 +158,7 @@ def read_frames(inputs: Any, most_pixels: int | None = None) -> Iterator[Frame]:
         FileNotFoundError: no such file.
         ValueError: it is no image and no video, or is damaged or too large.
     """
-    name = told(inputs)
+    name = input_name(inputs)
     if isinstance(inputs, str) and inputs.startswith(URLS):
         with urlopen(inputs, timeout=TIMEOUT) as answer:
             inputs = answer.read()
@@ -127,8 +169,13 @@ def read_frames(inputs: Any, most_pixels: int | None = None) -> Iterator[Frame]:
         def source() -> Any:
             return io.BytesIO(inputs) if isinstance(inputs, bytes | bytearray) else name
 
-        still = read_still(source(), most_pixels, name)
-        yield from read_video(source(), most_pixels, name) if still is None else [(still, None)]
+        image = open_image(source(), name)
+        if image is None:
+            yield from read_video(source(), most_pixels, name)
+        elif is_moving(image, name):
+            yield from read_moving(image, most_pixels, name)
+        else:
+            yield read_still(image, most_pixels, name), None
         return
     frames = [inputs] if is_frame(inputs) else inputs
     if not is_pixels(frames, 4) and not isinstance(frames, list | tuple):
@@ -142,10 +189,9 @@ def read_frames(inputs: Any, most_pixels: int | None = None) -> Iterator[Frame]:
                 f"frame {number} is {type(frame).__name__}: expected an image or (H, W, 3) pixels"
             )
         if not is_pixels(frame, 3):
-            still = read_still(frame, most_pixels, f"frame {number}")
-            if still is None:
+            if is_moving(frame, f"frame {number}"):
                 raise ValueError(f"frame {number} is a picture that moves: pass its frames, or its file")
-            yield still, None
+            yield read_still(frame, most_pixels, f"frame {number}"), None
             continue
         if frame.shape[2] != 3 or str(frame.dtype).removeprefix("torch.") != "uint8":
             raise ValueError(

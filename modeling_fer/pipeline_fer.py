@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Pipeline
 
-from .frames_fer import Frame, is_frame, is_pixels, read_frames, told
+from .frames_fer import Frame, input_name, is_frame, is_pixels, read_frames
 
 TASK = "facial-expression"
 BATCH = 64  # frames that the encoder sees at once
@@ -121,9 +121,9 @@ class FacialExpressionPipeline(Pipeline):
     _load_feature_extractor: Any = False
     _load_tokenizer: Any = False
 
-    def __init__(self, *args: Any, batch_size: int = BATCH, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, batch_size: int = BATCH, num_workers: int = 0, **kwargs: Any) -> None:
         # The batch size of transformers counts inputs, and pads them to one size.
-        super().__init__(*args, frames_at_once=batch_size, **kwargs)
+        super().__init__(*args, frames_at_once=batch_size, workers=num_workers, **kwargs)
         model: Any = self.model
         if not hasattr(model, "classifier"):
             raise ValueError(f"{type(model).__name__} has no classifier: load a model of stills or of videos")
@@ -132,7 +132,7 @@ class FacialExpressionPipeline(Pipeline):
         self.is_video = hasattr(model, "temporal")
 
     def __call__(
-        self, inputs: Any, *args: Any, num_workers: Any = None, batch_size: Any = None, **kwargs: Any
+        self, inputs: Any, *args: Any, num_workers: int = 0, batch_size: Any = None, **kwargs: Any
     ) -> Any:
         """Name the expression of every frame.
 
@@ -141,7 +141,8 @@ class FacialExpressionPipeline(Pipeline):
                 video is told from the content), pixels `(T, H, W, 3)` or `(H, W, 3)` in uint8, a PIL image,
                 or a list of frames (PIL images or pixels). A list of anything else, a generator or a data
                 set is of several such inputs, each judged for itself.
-            args, num_workers: as of any pipeline.
+            args: as of any pipeline.
+            num_workers: 0; worker processes could not hand over frames that are read when they are needed.
             batch_size: frames that the encoder sees at once; of a video only so many are in memory.
             kwargs:
                 frame_rate: frames a second, in place of a video file's time stamps; lists and arrays of
@@ -167,7 +168,7 @@ class FacialExpressionPipeline(Pipeline):
                 raise ValueError("there are no frames")
             # transformers takes a list for several inputs, and a tuple for one.
             inputs = tuple(inputs) if any(is_frame(one) for one in inputs) else list(inputs)
-        return super().__call__(inputs, *args, num_workers=num_workers, frames_at_once=batch_size, **kwargs)
+        return super().__call__(inputs, *args, workers=num_workers, frames_at_once=batch_size, **kwargs)
 
     def _sanitize_parameters(  # type: ignore[override]
         self,
@@ -176,9 +177,14 @@ class FacialExpressionPipeline(Pipeline):
         max_frames: int | None = None,
         max_pixels: int | None = None,
         frames_at_once: int | None = None,
+        workers: int = 0,
         top_k: int | None = None,
         smooth: bool | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if workers:
+            raise ValueError(
+                f"num_workers must be 0, got {workers}: frames are read as the model asks for them"
+            )
         if frame_rate is not None and frame_times is not None:
             raise ValueError("pass either frame_rate or frame_times")
         for name, value in {"frame_rate": frame_rate, "top_k": top_k, "batch_size": frames_at_once}.items():
@@ -199,7 +205,7 @@ class FacialExpressionPipeline(Pipeline):
         max_pixels: int | None = None,
     ) -> dict[str, Any]:
         """Frames as the model takes them, each read when it is asked for, and their times."""
-        name = told(inputs)
+        name = input_name(inputs)
         process: Any = self.image_processor
 
         def frames() -> Iterator[Frame]:

@@ -16,6 +16,7 @@ from conftest import SIZE, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.features import check as can_write
 from test_loading import WITHOUT_THE_PACKAGE, run
 from test_temporal import features, video_model
 from transformers import (
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from modeling_fer import CLASSES, FacialExpressionPipeline, FerForImageClassification, FerModel
+from modeling_fer.frames_fer import read_frames
 from modeling_fer.learning.inference import load_model
 from modeling_fer.learning.timelines import predict_folder, predict_frames, windows_of
 from modeling_fer.pipeline_fer import frame_logits, positions_of, windows
@@ -74,6 +76,24 @@ def film(path, frames=FRAMES, rate=25, container=None, times=None):
             file.mux(stream.encode(shown))
         file.mux(stream.encode())
     return path
+
+
+# Formats of pictures that can move, with what keeps their colours.
+PICTURES = {
+    "GIF": {},
+    "PNG": {},
+    "WEBP": {"lossless": True},
+    **({"AVIF": {"quality": 100, "subsampling": "4:4:4"}} if can_write("avif") else {}),
+}
+
+
+def encoded(kind, frames, **options):
+    """The bytes of a picture, which moves if it has several frames."""
+    options = PICTURES.get(kind, {}) | options
+    frames[0].save(
+        buffer := io.BytesIO(), kind, save_all=len(frames) > 1, append_images=frames[1:], **options
+    )
+    return buffer.getvalue()
 
 
 # -- the same numbers as the package's own tools ------------------------------------------------------
@@ -210,14 +230,33 @@ def test_phones_that_film_on_their_side(classify, tmp_path):
     assert np.abs(scores(found) - scores(plain)).max() > 1e-3
 
 
-def test_moving_pictures_are_videos_and_photographs_are_turned_upright(classify):
-    buffer = io.BytesIO()
-    FRAMES[0].save(buffer, "GIF", save_all=True, append_images=FRAMES[1:4], duration=50)
-    assert [row["seconds"] for row in classify(buffer.getvalue())] == pytest.approx([0, 0.05, 0.1, 0.15])
+@pytest.mark.parametrize("kind", PICTURES)
+def test_moving_pictures_are_videos(classify, kind):
+    frames = [frame.quantize(64) for frame in FRAMES[:4]] if kind == "GIF" else FRAMES[:4]
+    found = classify(encoded(kind, frames, duration=[50, 70, 1000, 20]))
+    assert [row["seconds"] for row in found] == pytest.approx([0, 0.05, 0.12, 1.12])
+    expected = classify([frame.convert("RGB") for frame in frames], frame_times=[0, 0.05, 0.12, 1.12])
+    np.testing.assert_allclose(scores(found), scores(expected), atol=0.02 if kind == "AVIF" else 1e-6)
+    with pytest.raises(ValueError, match="the input has more than 3 frames"):
+        classify(encoded(kind, frames), max_frames=3)
+    with pytest.raises(ValueError, match="the input has frames of 24 x 24 pixels, more than 575"):
+        classify(encoded(kind, frames), max_pixels=575)
+
+
+def test_moving_pictures_without_times_and_with_a_picture_for_those_that_cannot_move(classify):
+    found = classify(encoded("GIF", FRAMES[:3]))
+    assert [row["seconds"] for row in found] == pytest.approx([0, 0.1, 0.2])  # as browsers do
+    [*_, last] = found = classify(encoded("PNG", FRAMES[:4], duration=50, default_image=True))
+    assert (len(found), last["seconds"]) == (3, pytest.approx(0.1))
+    expected = classify(FRAMES[1:4], frame_times=[0, 0.05, 0.1])
+    np.testing.assert_allclose(scores(found), scores(expected), atol=1e-6)
+
+
+def test_photographs_are_turned_upright(classify):
     exif = Image.Exif()
     exif[0x0112] = 6
-    FRAMES[5].transpose(Image.Transpose.ROTATE_90).save(buffer := io.BytesIO(), "PNG", exif=exif)
-    assert classify(buffer.getvalue()) == classify(FRAMES[5])
+    turned = FRAMES[5].transpose(Image.Transpose.ROTATE_90)
+    assert classify(encoded("PNG", [turned], exif=exif)) == classify(FRAMES[5])
     assert scores(classify(FRAMES[5].convert("L"))) == pytest.approx(
         scores(classify(FRAMES[5].convert("L").convert("RGB")))
     )
@@ -255,6 +294,7 @@ def test_addresses_are_fetched(classify, tmp_path):
         (b"", {}, "neither an image nor a video, or is damaged"),
         (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", {}, "neither an image nor a video"),
         (b"RIFF" + bytes(500), {}, "neither an image nor a video"),
+        (encoded("EPS", FRAMES[:1]), {}, "neither an image nor a video"),  # whose reader starts Ghostscript
         (
             FRAMES,
             {"frame_times": [0.0] * 21},
@@ -266,6 +306,11 @@ def test_addresses_are_fetched(classify, tmp_path):
         (FRAMES, {"frame_rate": 0}, "frame_rate must be above 0, got 0"),
         (FRAMES, {"top_k": 0}, "top_k must be above 0"),
         (FRAMES, {"batch_size": -1}, "batch_size must be above 0"),
+        (
+            FRAMES,
+            {"num_workers": 1},
+            "num_workers must be 0, got 1: frames are read as the model asks for them",
+        ),
         (FRAMES, {"max_frames": 20}, "has more than 20 frames: cut it into parts"),
         (FRAMES, {"max_pixels": 575}, "frame 0 has frames of 24 x 24 pixels, more than 575"),
         (pixels(), {"max_pixels": 575}, "24 x 24 pixels, more than 575"),
@@ -293,6 +338,43 @@ def test_damaged_and_large_files_are_refused(classify, tmp_path):
     assert len(classify(tmp_path / "v.mkv", max_pixels=576, max_frames=21)) == 21
 
 
+def refusal(path):
+    """Why a file is refused; nothing if it is read."""
+    try:
+        list(read_frames(path, 4096 * 4096))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it makes do with
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [*((kind, 1) for kind in ("JPEG", "BMP", "TIFF", *PICTURES)), *((kind, 3) for kind in PICTURES)],
+)
+def test_damaged_pictures_are_refused_by_name(kind, count, tmp_path):
+    data = encoded(kind, FRAMES[:count])
+    rng = np.random.default_rng([count, len(data)])
+    damaged = [data[:cut] for cut in (25, 30, 100, 512, *range(0, len(data) - 20, 97))]
+    for place, value in zip(rng.integers(len(data), size=80), rng.integers(256, size=80), strict=True):
+        damaged.append(data[:place] + bytes([value]) + data[place + 1 :])
+    path = tmp_path / "face"
+    refusals = []
+    for sent in damaged:
+        path.write_bytes(sent)
+        refusals.append(refusal(path))
+    assert all(refusals[:3])
+    assert {one.startswith(f"{path} ") for one in refusals if one} == {True}
+
+
+def test_a_list_names_the_frame_that_is_damaged(classify):
+    cut = Image.open(io.BytesIO(encoded("PNG", FRAMES[:1])[:-400]))
+    with pytest.raises(ValueError, match="frame 1 is damaged or unreadable: "):
+        classify([FRAMES[0], cut])
+    with pytest.raises(ValueError, match="frame 1 is a picture that moves: pass its frames, or its file"):
+        classify([FRAMES[0], Image.open(io.BytesIO(encoded("WEBP", FRAMES[:2])))])
+
+
 @given(
     st.lists(st.floats(0.001, 100), min_size=1, max_size=30).map(np.cumsum),
     st.sampled_from([24.0, 29.97, 30.0]),
@@ -315,8 +397,9 @@ def test_models_that_cannot_name_expressions(classify, make_model):
         FacialExpressionPipeline(features_only, image_processor=processor())
     with pytest.raises(ValueError, match="pass image_processor"):
         FacialExpressionPipeline(make_model())
-    with pytest.raises(ValueError, match="batch_size must be above 0, got 0"):
-        FacialExpressionPipeline(make_model(), image_processor=processor(), batch_size=0)
+    for name, value in {"batch_size": 0, "num_workers": 2}.items():
+        with pytest.raises(ValueError, match=f"{name} must be .*0, got {value}"):
+            FacialExpressionPipeline(make_model(), image_processor=processor(), **{name: value})
     damaged = make_model()
     damaged.classifier.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match="output is not finite"):

@@ -1,7 +1,6 @@
 """The handler of Inference Endpoints: what it answers and refuses, and that it runs with the model alone."""
 
 import base64
-import io
 import json
 import shutil
 import struct
@@ -15,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL.PngImagePlugin import PngImageFile
 from test_loading import WITHOUT_THE_PACKAGE, run
-from test_pipeline import FRAMES, POST, film, processor
+from test_pipeline import FRAMES, POST, encoded, film, processor
 from test_temporal import video_model
 from transformers import pipeline
 
@@ -45,8 +44,7 @@ def videos(video_folder):
 
 
 def png(image):
-    image.save(buffer := io.BytesIO(), "PNG")
-    return buffer.getvalue()
+    return encoded("PNG", [image])
 
 
 def text(data):
@@ -92,6 +90,38 @@ def test_a_list_of_images_is_answered_one_by_one(videos):
     assert [answers[0], answers[3]] == [expected[0], expected[3]]
     assert "neither base64" in answers[1]["error"]
     assert "neither an image nor a video" in answers[2]["error"]
+
+
+def test_models_of_stills_see_a_list_at_once(stills, videos):
+    """And each is answered as if it came alone; what is bad among them is refused alone."""
+    images = [png(frame) for frame in FRAMES[:6]]
+    bad = {0: images[0][:25], 3: encoded("GIF", FRAMES[:2]), 7: b"no image"}
+    for place, data in bad.items():
+        images.insert(place, data)
+    sizes = []
+    for endpoint in (stills, videos):
+        hook = endpoint.classify.model.fer.register_forward_hook(
+            lambda model, inputs, output: sizes.append(len(output.pooler_output))
+        )
+        answers = ask(endpoint, [text(image) for image in images], frame_rate=10, top_k=2)
+        hook.remove()
+        for place, (answer, image) in enumerate(zip(answers, images, strict=True)):
+            assert ("error" in answer) == (place in bad)
+            if place not in bad:
+                [row], [alone] = answer, ask(endpoint, image, frame_rate=10, top_k=2)
+                assert row.pop("scores") == pytest.approx(alone.pop("scores"), abs=1e-6)
+                assert row.pop("score") == pytest.approx(alone.pop("score"), abs=1e-6)
+                assert row == alone
+        assert [answers[place]["error"] for place in bad] == [
+            refusal(endpoint, images[0]),
+            "the input has more than 1 frames: cut it into parts",
+            refusal(endpoint, images[7]),
+        ]
+    assert sizes == [6, *[1] * 6]
+    assert all("error" in answer for answer in ask(stills, [text(b"no image")] * 3))
+    answers = ask(stills, [text(images[1])] * 70)
+    assert len(answers) == 70
+    assert all(len(answer) == 1 for answer in answers)
 
 
 @pytest.mark.parametrize("kind", ["stills", "videos"])
@@ -174,6 +204,16 @@ def test_no_damaged_file_breaks_it(videos, tmp_path_factory, place, value, kept)
         for sent in (bytes(damaged), data[: int(kept * len(data))]):
             answer = videos({"inputs": sent})
             assert isinstance(answer, list) or "error" in answer
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_cut_images_are_refused_alone(stills, kind):
+    data, face = encoded(kind, FRAMES[:1]), png(FRAMES[1])
+    cuts = [data[:size] for size in (25, 30, 100, 512) if size < len(data)]
+    for cut in cuts:
+        assert refusal(stills, cut).startswith("the input is ")
+    answers = ask(stills, [text(one) for one in (face, *cuts, face)])
+    assert ["error" in answer for answer in answers] == [False, *[True] * len(cuts), False]
 
 
 def open_video(folder):
@@ -270,9 +310,12 @@ def test_it_runs_with_what_is_pushed_and_nothing_else(checkpoint, video_folder, 
 def test_what_it_requires_is_what_the_package_was_tested_with():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     floors = {*project["dependencies"], *project["optional-dependencies"]["video"]}
-    lines = release.REQUIREMENTS.decode().splitlines()
-    assert set(lines) <= floors
-    assert {line.split(">")[0] for line in lines} == {"transformers", "pillow", "av"}
+    pins = (ROOT / "constraints.txt").read_text().split()
+    transformers, *others = release.REQUIREMENTS.decode().splitlines()
+    # Older ones need torchvision for `pipeline`: the tested one, without its patch number.
+    assert f"{transformers.replace('>=', '==')}.0" in pins
+    assert set(others) <= floors
+    assert {line.split(">")[0] for line in others} == {"pillow", "av"}
 
 
 def test_stock_models_need_no_handler(checkpoint, tmp_path):
