@@ -2,22 +2,24 @@
 
     python cross_validate.py --config configs/video.yaml --k 5 --out runs/video/folds --model runs/video/model
 
-Trains the configuration once without each part of the training videos (tracks of one recording stay together)
-and predicts that part. From these predictions, of videos that their temporal head never saw, come the scores
-with their spread over the parts, and temperature, smoothing and per-class bias, which are written into the
-configuration of `--model`. Validation and test videos have no say. The image model is the same for all parts:
-where it learnt from these very videos, the scores flatter. Runs under `accelerate launch`, too; one that was
-interrupted goes on.
+Trains the configuration once without each part of the training videos (those of one recording or one person
+stay together) and predicts that part. From these predictions, of videos that their temporal head never saw,
+come the scores with their spread over the parts, and temperature, smoothing and per-class bias, which are
+written into the configuration of `--model`. Validation and test videos have no say. The image model is the
+same for all parts: where it learnt from these very videos, the scores flatter. Runs under `accelerate
+launch`, too; one that was interrupted goes on. Models of parts are never pushed to the Hub.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 import train
@@ -33,18 +35,21 @@ from modeling_fer.learning.timelines import predict_tracks, tracks_of, video_log
 from modeling_fer.learning.video import split_fold
 from modeling_fer.postprocess_fer import PostProcess
 
+COMPARED = ("pooling", "image_size", "num_frames", "frame_rate")  # and all that is called temporal_...
+ADAPTED = re.compile(r"\.[0-9]+\.|^norm\.")  # what LoRA changes or trains along with it
+
 
 def train_fold(argv: list[str], folds: int, fold: int, out: Path) -> FerTrainingArguments:
     """Train without one part, judged only when it ends: the part does not choose the step."""
     given = ["--stage", "video", "--folds", str(folds), "--fold", str(fold), "--output_dir", str(out)]
-    arguments = parse_arguments([*argv, *given, "--resume", "auto", "--eval_steps", str(10**9)])
+    given += ["--resume", "auto", "--eval_steps", str(10**9), "--push_to_hub", "false"]
+    arguments = parse_arguments([*argv, *given])
     train.train(arguments)
     return arguments
 
 
-def predict_fold(arguments: FerTrainingArguments) -> tuple[list[VideoLogits], list[str]]:
-    """Frame logits of the part of the training videos that a fold's model did not see, and its classes."""
-    model, processor = load_model(Path(arguments.output_dir) / "model")
+def predict_fold(model: Any, processor: Any, arguments: FerTrainingArguments) -> list[VideoLogits]:
+    """Frame logits of the part of the training videos that a fold's model did not see."""
     accelerator = Accelerator()
     collection = Collection(arguments.data)
     rows = collection.frames("train")
@@ -60,19 +65,29 @@ def predict_fold(arguments: FerTrainingArguments) -> tuple[list[VideoLogits], li
     found = tracks_of(rows, f"{arguments.data}, train")
     _, unseen = split_fold(found, arguments.folds, arguments.fold, arguments.seed)
     logits = predict_tracks(model, features, unseen, accelerator)
-    return video_logits(logits, unseen, class_names(model)), class_names(model)
+    return video_logits(logits, unseen, class_names(model))
 
 
-def check_fits(model: Any, folder: Path, arguments: FerTrainingArguments, classes: list[str]) -> None:
-    """Raise unless post-processing fitted with these arguments and classes is of use to a model."""
-    if not isinstance(model, FerForVideoClassification):
-        raise ValueError(f"--model {folder} is no video model")
-    ours = (arguments.temporal_head, arguments.causal, classes)
-    theirs = (model.config.temporal_head, model.config.temporal_causal, class_names(model))
-    if ours != theirs:
+def check_fits(model: Any, folder: Path, made: Any, adapted: bool = False) -> None:
+    """Raise unless post-processing fitted on what a fold's model says is of use to another model.
+
+    Args:
+        model: the one to store it in, from `folder`.
+        made: the fold's.
+        adapted: each model has adapted the blocks of its encoder (LoRA): only the rest must be the same.
+    """
+    ours, theirs = made.config.to_dict(), model.config.to_dict()
+    names = [name for name in ours if name.startswith("temporal_") or name in COMPARED]
+    told = {name: (ours[name], theirs[name]) for name in names}
+    told["classes"] = (class_names(made), class_names(model))
+    other = [f"{name} {b}, the models of the folds have {a}" for name, (a, b) in told.items() if a != b]
+    weights, own = made.fer.state_dict(), model.fer.state_dict()
+    kept = [name for name in weights if not (adapted and ADAPTED.search(name))]
+    if weights.keys() != own.keys() or not all(torch.equal(weights[name], own[name]) for name in kept):
+        other.append("another encoder than the models of the folds")
+    if other:
         raise ValueError(
-            f"--model {folder} has head, causal and classes {theirs}, the configuration {ours}: pass the "
-            "model that the same configuration made"
+            f"--model {folder} has {'; has '.join(other)}: pass the model that the same configuration made"
         )
 
 
@@ -105,13 +120,15 @@ def main(argv: list[str] | None = None) -> None:
         if args.k < 2:
             raise ValueError(f"--k {args.k}: there must be 2 parts or more")
         wanted = load_model(args.model)[0] if args.model else None
+        if wanted is not None and not isinstance(wanted, FerForVideoClassification):
+            raise ValueError(f"--model {args.model} is no video model")
         parts: list[list[VideoLogits]] = []
         runs: list[FerTrainingArguments] = []
         names: list[str] = []
         for fold in range(args.k):
             runs.append(train_fold(rest, args.k, fold, args.out / f"fold-{fold}"))
-            found, classes = predict_fold(runs[-1])
-            parts.append(found)
+            made, processor = load_model(Path(runs[-1].output_dir) / "model")
+            classes = class_names(made)
             if classes != names and fold:
                 raise ValueError(
                     f"fold {fold} knows the classes {', '.join(classes)}, those before {', '.join(names)}: a "
@@ -119,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
                 )
             names = classes
             if wanted is not None:
-                check_fits(wanted, args.model, runs[0], names)
+                check_fits(wanted, args.model, made, adapted=runs[0].lora_rank > 0)
+            parts.append(predict_fold(made, processor, runs[-1]))
         videos = [video for part in parts for video in part]
         causal = runs[0].causal
         post, report = fit(videos, causal)

@@ -224,10 +224,17 @@ class FerVideoOutput(ModelOutput):
 
 @dataclass
 class VideoStream:
-    """A stream that the model follows: what its temporal head remembers, and its post-processing."""
+    """Streams that the model follows.
+
+    Attributes:
+        temporal: what its temporal head remembers.
+        postprocess: what its post-processing remembers.
+        finish: the post-processing, as the configuration gave it when the streams began.
+    """
 
     temporal: StreamState
     postprocess: Any
+    finish: PostProcess
 
 
 class FerForVideoClassification(FerPreTrainedModel):
@@ -322,9 +329,9 @@ class FerForVideoClassification(FerPreTrainedModel):
             raise ValueError(
                 "this model looks at later frames too: a stream needs one trained with temporal_causal=True"
             )
-        like = self.classifier.weight
-        smoothing = self.postprocess.init_stream(batch_size, len(self.config.class_names), like.device)
-        return VideoStream(self.temporal.start(batch_size, like), smoothing)
+        like, finish = self.classifier.weight, self.postprocess
+        smoothing = finish.init_stream(batch_size, len(self.config.class_names), like.device)
+        return VideoStream(self.temporal.start(batch_size, like), smoothing, finish)
 
     @torch.no_grad()
     def step(
@@ -332,26 +339,41 @@ class FerForVideoClassification(FerPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor, VideoStream]:
         """Follow streams by one frame, or by several; what a frame costs does not grow with the stream.
 
+        For evaluation mode, without dropout.
+
         Args:
             frame_features: `(B, D)` of the next frame of each stream, or `(B, n, D)` of the next `n`.
             stream: what `init_stream` or the last step returned; it is left as it is.
-            frame_times: `(B,)` or `(B, n)` in seconds, rising; None: frames follow one another.
+            frame_times: `(B,)` or `(B, n)` in seconds, rising, from the last step on, too; None: frames
+                follow one another.
 
         Returns:
             Logits and post-processed probabilities, `(B, C)` or `(B, n, C)`, and the state for the next step.
+
+        Raises:
+            ValueError: times are not numbers that rise, or the model is in training mode.
         """
+        if self.training:
+            raise ValueError("streams are followed in evaluation mode: call model.eval() first")
         if one := frame_features.ndim == 2:
             frame_features = frame_features[:, None]
             frame_times = None if frame_times is None else frame_times[:, None]
         shape, device = frame_features.shape[:2], frame_features.device
-        positions = self.positions(frame_times, shape, device)
+        positions, last = self.positions(frame_times, shape, device), stream.temporal.last_position[:, None]
         if frame_times is None:
-            positions = positions + stream.temporal.next_position[:, None]
+            positions = positions + last + 1
+        else:
+            last = last if stream.postprocess.seen else last - torch.inf  # a first time may be any
+            if not (positions.isfinite() & (positions.diff(dim=1, prepend=last) > 0)).all():
+                raise ValueError(
+                    "frame_times must be numbers that rise, within a step and from one to the next, got "
+                    f"{frame_times.tolist()} after {(last[:, 0] / self.config.frame_rate).tolist()}"
+                )
         hidden, temporal = self.temporal.extend(frame_features, stream.temporal, positions)
         logits = self.classifier(self.dropout(hidden))
-        probabilities, smoothing = self.postprocess.step(logits, stream.postprocess, positions)
+        probabilities, smoothing = stream.finish.step(logits, stream.postprocess, positions)
         found = (logits[:, 0], probabilities[:, 0]) if one else (logits, probabilities)
-        return *found, VideoStream(temporal, smoothing)
+        return *found, VideoStream(temporal, smoothing, stream.finish)
 
 
 __all__ = ["FerForImageClassification", "FerForVideoClassification", "FerModel"]

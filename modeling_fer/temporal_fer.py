@@ -24,13 +24,13 @@ class StreamState:
         past: per layer, tensors `(B, R, ...)` of the `R` frames before the next; the latest stand last.
         positions: `(B, R)` of those frames, float64.
         valid: `(B, R)`, False where there was no frame yet.
-        next_position: `(B,)`, where the next frame stands if nobody says otherwise.
+        last_position: `(B,)` of the latest frame, float64; -1 before the first.
     """
 
     past: tuple[tuple[torch.Tensor, ...], ...]
     positions: torch.Tensor
     valid: torch.Tensor
-    next_position: torch.Tensor
+    last_position: torch.Tensor
 
 
 def gather_frames(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -327,7 +327,7 @@ class TemporalEncoder(nn.Module):
             self.head.start(batch, like),
             torch.zeros(shape, dtype=torch.float64, device=like.device),
             torch.zeros(shape, dtype=torch.bool, device=like.device),
-            torch.zeros(batch, dtype=torch.float64, device=like.device),
+            torch.full((batch,), -1.0, dtype=torch.float64, device=like.device),
         )
 
     def extend(
@@ -349,12 +349,13 @@ class TemporalEncoder(nn.Module):
             `(B, n, width)`, 0 where there is no frame, and the state for the next call.
         """
         reach = self.head.reach
-        latest_position = positions if mask is None else positions.masked_fill(~mask, -torch.inf)
-        next_position = torch.maximum(state.next_position, latest_position.amax(dim=1) + 1)
         if mask is None:
+            last_position = positions[:, -1]
             valid = torch.ones(positions.shape, dtype=torch.bool, device=features.device)
             found, remembered = self.head.extend(features, valid, positions, state)
         else:
+            last_position = positions.masked_fill(~mask, -torch.inf).amax(dim=1)
+            last_position = torch.where(mask.any(dim=1), last_position, state.last_position)
             order, inverse = pack(mask)
             features, positions = features.masked_fill(~mask[..., None], 0), positions.masked_fill(~mask, 0)
             features, valid, positions = (gather_frames(part, order) for part in (features, mask, positions))
@@ -370,7 +371,7 @@ class TemporalEncoder(nn.Module):
         if mask is not None:  # the valid ones last, then the last of them
             keep = valid.to(torch.uint8).argsort(dim=1, stable=True)[:, valid.shape[1] - reach :]
         past = tuple(tuple(map(latest, layer)) for layer in remembered)
-        return found, StreamState(past, latest(positions), latest(valid), next_position)
+        return found, StreamState(past, latest(positions), latest(valid), last_position)
 
 
 __all__ = ["TEMPORAL_HEADS", "StreamState", "TemporalEncoder"]

@@ -18,6 +18,7 @@ from modeling_fer.data import schema
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.pixels import decode
 from modeling_fer.evaluation.metrics import compute_metrics
+from modeling_fer.evaluation.submission import FILE_HEADER
 from modeling_fer.learning.inference import load_classifier, predict_probabilities
 
 
@@ -317,6 +318,60 @@ def test_a_missing_model_is_one_line(command, prepared, photos, tmp_path, capsys
     output = capsys.readouterr()
     assert output.err == f"fer: no model folder {absent}; train one (`make demo`) or pass --model DIR\n"
     assert not output.out
+
+
+# -- submission -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A folder of videos, a template of them, and the prepared data: b shows no face, c nothing at all."""
+    (tmp_path / "faces/a").mkdir(parents=True)
+    (tmp_path / "faces/b").mkdir()
+    (tmp_path / "faces/b/notes.txt").write_text("nobody was found")
+    picture(3, 1, size=16).save(tmp_path / "faces/a/00002.png")
+    (tmp_path / "labels.csv").write_text("video,expression,split\na,fear,test\nb,fear,test\nc,fear,test\n")
+    options = ["--root", str(tmp_path / "faces"), "--labels", str(tmp_path / "labels.csv")]
+    assert main(["data", "prepare", "frames", *options, "--out", str(tmp_path / "data")]) == 0
+    rows = [f"{video}/{number:05d}.jpg," for video in "abc" for number in (1, 2)]
+    (tmp_path / "template.txt").write_text("\n".join([FILE_HEADER, *rows, ""]))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("fill", "filled"), [("nearest", "Neutral"), ("Other", "Other")])
+def test_videos_of_a_template_without_a_face_are_filled_and_told(fill, filled, asked, checkpoint, capsys):
+    """From images and from prepared data: the same file, the same exit status."""
+    where = ["--template", str(asked / "template.txt"), "--fill", fill, "--model", str(checkpoint)]
+    told = {}
+    for name, flag in {"faces": "--frames", "data": "--data"}.items():
+        capsys.readouterr()
+        given = [flag, str(asked / name), "--out", str(asked / f"{name}.txt")]
+        assert main(["submission", "make", *where, *given]) == 1
+        said = capsys.readouterr()
+        assert f"6 frames of 3 videos; 5 filled ({fill})" in said.out
+        told[name] = said.err
+    assert f"b is without a readable face: filled with {filled}" in told["faces"]
+    assert f"c is not among the videos given: filled with {filled}" in told["faces"]
+    for video in "bc":
+        assert f"{video} is not in the data, or without a face: filled with {filled}" in told["data"]
+    written = (asked / "faces.txt").read_text()
+    assert written == (asked / "data.txt").read_text()
+    assert [int(line[-1]) for line in written.splitlines()[3:]] == [CLASSES.index(filled)] * 4
+
+
+def test_what_a_submission_cannot_be_made_of_is_told(asked, checkpoint, capsys):
+    where = ["--template", str(asked / "template.txt"), "--model", str(checkpoint), "--out", str(asked / "x")]
+    for root in ("nowhere", "labels.csv"):
+        frames = ["--frames", str(asked / "faces"), str(asked / root)]
+        capsys.readouterr()
+        assert main(["submission", "make", *where, *frames]) == 2
+        assert capsys.readouterr().err == (
+            f"fer: no folder {asked / root}: give --frames folders that hold a folder of images per video\n"
+        )
+    with pytest.raises(SystemExit):
+        main(["submission", "make", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a video without any prediction is Neutral under nearest" in said
 
 
 # -- the grammar ------------------------------------------------------------------------------------

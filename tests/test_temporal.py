@@ -1,6 +1,9 @@
 """Temporal heads and the video model: what must not matter does not; streams equal whole videos."""
 
+import dataclasses
 import json
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForVideoClassification
 
-from modeling_fer import FerConfig, FerForVideoClassification
-from modeling_fer.learning.timelines import predict_frames, windows_of
+from modeling_fer import CLASSES, FerConfig, FerForVideoClassification
+from modeling_fer.data.windows import WindowDataset, tracks
+from modeling_fer.learning.timelines import postprocess, predict_frames, predict_tracks, windows_of
 from modeling_fer.temporal_fer import TEMPORAL_HEADS, TemporalTransformer, rotary_angles, rotate
 
 heads = pytest.mark.parametrize("head", TEMPORAL_HEADS)
@@ -235,21 +239,103 @@ def test_a_stream_remembers_no_more_the_longer_it_runs():
     assert not torch.allclose(probabilities, logits.softmax(-1))
 
 
+def tensors_in(state):
+    """All tensors of a stream's state, however deep they lie."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    if dataclasses.is_dataclass(state):
+        state = [getattr(state, field.name) for field in dataclasses.fields(state)]
+    return [t for part in state for t in tensors_in(part)] if isinstance(state, list | tuple) else []
+
+
+@pytest.fixture
+def _one_thread():
+    """Threads that wait for one another spoil tests of many small steps, where cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
+def test_a_long_stream_takes_no_more_memory():
+    """Neither its state nor the process: one state is 66 kB, so that keeping them all would show."""
+    sizes = {"temporal_hidden_size": 64, "temporal_window": 64}
+    post = {"smoothing": "gaussian", "half_width": 8, "temperature": 1.5, "bias": [0.1] * 8}
+    model = video_model(causal=True, postprocess=post, **sizes)
+    x, stream, told = features(1_000).repeat(2, 1), model.init_stream(), {}
+    for number in range(1, 2_001):
+        _, _, stream = model.step(x[None, number - 1], stream)
+        if number in (200, 2_000):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            state = sum(t.untyped_storage().nbytes() for t in tensors_in(stream))
+            told[number] = state, pages * resource.getpagesize()
+    assert told[200][0] == told[2_000][0] > 66_000
+    assert told[2_000][1] - told[200][1] < 16 * 2**20
+
+
 def test_only_causal_models_follow_streams():
     with pytest.raises(ValueError, match="a stream needs one trained with temporal_causal=True"):
         video_model().init_stream()
 
 
-@pytest.mark.slow
-def test_ten_thousand_frames_of_the_default_head():
-    torch.set_num_threads(1)
+def test_a_stream_keeps_the_post_processing_that_it_began_with():
+    """Built and checked once, not for every frame."""
+    model = video_model(causal=True, postprocess={"temperature": 2.0})
+    stream = model.init_stream()
+    model.config.postprocess = {"smoothing": "nonsense"}
+    for i in range(3):
+        logits, probabilities, stream = model.step(features(1, seed=i), stream)
+        assert torch.allclose(probabilities, (logits / 2).softmax(-1), atol=1e-6)
+
+
+@heads
+@pytest.mark.parametrize("times", [[[3.0], [3.0]], [[3.0], [2.9]], [[1.0, 1.0]], [[1.0, 0.5]]])
+def test_times_of_a_stream_that_do_not_rise_are_an_error(head, times):
+    """From call to call as within one; a first time may be any."""
+    model = video_model(head, causal=True)
+    for *before, last in ([*times], [[-9.0], *times], [[0.1], [float("nan")]], [[float("inf")]]):
+        stream = model.init_stream(2)
+        for own in before:
+            _, _, stream = model.step(features(2, len(own)), stream, torch.tensor([own, own]).double())
+        wrong = torch.tensor([[t + 99 for t in last], last]).double()  # of one stream of the two
+        with pytest.raises(ValueError, match=r"frame_times must be numbers that rise, .* got"):
+            model.step(features(2, len(last)), stream, wrong)
+        if len(last) == 1:
+            with pytest.raises(ValueError, match="frame_times must be numbers that rise"):
+                model.step(features(2), stream, wrong[:, 0])
+
+
+def test_times_before_zero_and_none_at_all_go_on_from_the_last():
+    model = video_model(causal=True)
+    x, rate = features(1, 6), model.config.frame_rate
+    times = torch.tensor([[-5.0, -4.0, -3.0, -2.0, -1.0, 0.0]]).double() / rate
+    whole = model(frame_features=x, frame_times=times).frame_logits
+    stream, parts = model.init_stream(), []
+    for places, own in ((slice(0, 2), times[:, :2]), (slice(2, 5), times[:, 2:5]), (slice(5, 6), None)):
+        logits, _, stream = model.step(x[:, places], stream, own)
+        parts.append(logits)
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+
+
+def test_streams_are_followed_without_dropout():
+    model = video_model(causal=True, temporal_dropout=0.5, classifier_dropout=0.5)
+    stream = model.init_stream()
+    with pytest.raises(ValueError, match=r"in evaluation mode: call model\.eval\(\) first"):
+        model.train().step(features(1), stream)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("frames", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_a_long_stream_of_the_default_head_equals_the_whole_video(frames):
     torch.manual_seed(0)
     model = FerForVideoClassification(FerConfig(temporal_causal=True)).eval()
-    x = torch.randn(1, 10_000, 192)
+    x = torch.randn(1, frames, 192)
     with torch.inference_mode():
         whole = model(frame_features=x).frame_logits
         stream, parts = model.init_stream(), []
-        for i in range(10_000):
+        for i in range(frames):
             logits, _, stream = model.step(x[:, i], stream)
             parts.append(logits)
     assert torch.allclose(torch.stack(parts, 1), whole, atol=1e-5)
@@ -313,6 +399,73 @@ def test_frames_far_apart_are_seen_at_the_distances_of_training():
         times = torch.from_numpy(positions[:4] / model.config.frame_rate)[None]
         first = model(frame_features=x[None, :4], frame_times=times).frame_logits[0].numpy()
     assert np.allclose(predict_frames(model, x.numpy(), positions)[0], first[0], atol=1e-5)
+
+
+def test_times_of_whole_frames_are_whole_positions():
+    """Seconds of 30 frames and 15,360 ticks a second, times 30, are off by an ulp here and there."""
+    model, x = video_model(num_frames=16), features(2_000).numpy()
+    positions = np.arange(2_000) * 512 / 15_360 * 30
+    whole = np.arange(2_000)
+    assert (positions != whole).any()
+    assert np.allclose(positions, whole, rtol=0, atol=1e-9)
+    assert np.array_equal(predict_frames(model, x, positions), predict_frames(model, x, whole))
+
+
+class Counted:
+    """Features that note how many are read at once, and in all."""
+
+    def __init__(self, values):
+        self.values, self.shape, self.dtype, self.read = values, values.shape, values.dtype, []
+
+    def __getitem__(self, rows):
+        found = self.values[rows]
+        self.read.append(len(found))
+        return found
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_features_of_a_video_are_read_as_they_are_needed_and_once(causal):
+    """Of rows in any order; what two windows share is read a second time only where batches of them meet."""
+    model = video_model(causal=causal, num_frames=16)
+    rows = np.random.default_rng(0).permutation(3_000)
+    numbers = np.arange(2_000)
+    where = tracks(["a"] * 2_000 + ["b"] * 1_000, [*numbers, *numbers[:1_000]], np.full(3_000, -1), "here")
+    found = [dataclasses.replace(track, rows=rows[track.rows]) for track in where]
+    x = Counted(features(3_000).numpy())
+    logits = predict_tracks(model, x, found)
+    for track, own in zip(found, logits, strict=True):
+        assert np.array_equal(own, predict_frames(model, x.values[track.rows], track.frames))
+    assert max(x.read) <= (512 if causal else 16 + 31 * 8)
+    assert 3_000 <= sum(x.read) <= 3_000 * 1.05
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_a_video_of_a_hundred_thousand_frames():
+    """Cut into windows, predicted and post-processed; in its midst a gap of 20 seconds."""
+    frames = 100_000
+    post = {"smoothing": "gaussian", "half_width": 8, "temperature": 1.5, "bias": [0.1] * 8}
+    sizes = {"temporal_hidden_size": 8, "temporal_num_layers": 1, "temporal_window": 4, "num_frames": 64}
+    model = video_model(postprocess=post, **sizes)
+    x = features(frames).numpy().astype(np.float16)
+    numbers = np.arange(1, frames + 1) + 600 * (np.arange(frames) >= frames // 2)
+    found = tracks(["long"] * frames, numbers, numbers // 500 % 9 - 1, "here")
+    windows = WindowDataset(x, found, CLASSES, slots=127, longest=32)
+    batch = windows.__getitems__([0, len(windows) - 1])
+    assert batch["values"].shape == (2, 127, WIDTH)
+    anchor = np.flatnonzero(numbers == windows.pieces.anchor[-1])[0]
+    assert np.array_equal(batch["values"][1][63], x[anchor])
+
+    (logits,) = predict_tracks(model, x, found)
+    probabilities = postprocess(model, logits, numbers)
+    assert probabilities.shape == (frames, 8)
+    assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
+    for start in (0, 30_016, 49_900, 99_700):  # as if these frames were all, but for the neighbours outside
+        part, inner = slice(start, start + 300), slice(start and 60, 300 if start == 99_700 else 230)
+        own = predict_frames(model, x[part], numbers[part])
+        if start % 32 == 0:  # windows lie as in the whole video
+            assert np.allclose(logits[part][inner], own[inner], atol=1e-5)
+        smoothed = postprocess(model, logits[part], numbers[part])
+        assert np.allclose(probabilities[part][inner], smoothed[inner], atol=1e-6)
 
 
 def test_frames_out_of_order_are_an_error():

@@ -25,8 +25,8 @@ from modeling_fer.learning import features
 from modeling_fer.learning.arguments import parse_arguments
 from modeling_fer.learning.features import frame_features
 from modeling_fer.learning.inference import load_model
-from modeling_fer.learning.timelines import predict_split
-from modeling_fer.learning.video import build_model
+from modeling_fer.learning.timelines import predict_split, tracks_of, video_logits
+from modeling_fer.learning.video import build_model, split_fold
 from tests.runs import run_here
 from tests.test_train import ROOT, TWO_PROCESSES, command, environment, history
 from tests.test_train_semi import assert_same_run
@@ -233,6 +233,75 @@ def test_cross_validation_scores_unseen_videos_and_stores_post_processing(
     assert main(["eval", "--model", str(model), "--data", str(videos), "--out", str(tmp_path / "eval")]) == 0
     assert "over videos" in capsys.readouterr().out
     assert (tmp_path / "eval/timeline_1.png").exists()
+
+
+def test_folds_and_tuning_keep_what_one_person_is_in_together(videos):
+    """Of the four recordings, v0 and w4 show one person, whom the data set calls so; another has none."""
+    rows = schema.load(videos)["train"]
+    people = {"v0_left": "p", "w4": "p", "v1_left": "q"}
+    named = rows.remove_columns("subject").add_column("subject", [people.get(v) for v in rows["video"][:]])
+    found = tracks_of(named, "here")
+    assert {track.group for track in found} == {"v0", "v1", "w5"}
+    assert {track.group for track in tracks_of(rows, "here")} == {"v0", "v1", "w4", "w5"}
+    parts = [split_fold(found, 3, fold, seed=0)[1] for fold in range(3)]
+    assert sorted(len(part) for part in parts) == [1, 2, 3]
+    logits = [np.zeros((len(track.rows), 8), np.float32) for track in found]
+    assert [v.group for v in video_logits(logits, found, CLASSES)] == [track.group for track in found]
+    # The same name in another data set is another person.
+    sources = ["other" if video == "w4" else "colours" for video in rows["video"][:]]
+    apart = named.remove_columns("source").add_column("source", sources)
+    assert {track.group for track in tracks_of(apart, "here")} == {"v0", "v1", "w4", "w5"}
+
+
+def test_models_of_folds_never_go_to_the_hub(videos, checkpoint, tmp_path, monkeypatch):
+    taught = []
+    monkeypatch.setattr(train, "train", taught.append)
+    argv = [*arguments(videos, checkpoint, tmp_path / "run"), "--hub_model_id", "org/name"]
+    for flags in (["--push_to_hub"], ["--push_to_hub", "true"]):
+        cross_validate.train_fold([*argv, *flags], 3, 1, tmp_path / "fold-1")
+    assert [given.push_to_hub for given in taught] == [False, False]
+    assert parse_arguments([*argv, "--push_to_hub"]).push_to_hub
+
+
+def copy_of(model, folder, **config):
+    """A copy of a model's folder with other settings."""
+    shutil.copytree(model, folder)
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**known, **config}))
+    return load_model(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_frames": 9}, "has num_frames 9, the models of the folds have 8"),
+        ({"frame_rate": 25.0}, r"has frame_rate 25\.0, the models of the folds have 30\.0"),
+        ({"temporal_window": 5}, "has temporal_window 5, the models of the folds have 4"),
+        ({"temporal_causal": True}, "has temporal_causal True, the models of the folds have False"),
+        ({"temporal_dropout": 0.3}, "has temporal_dropout"),
+        ({"id2label": dict(enumerate(CLASSES[::-1]))}, "has classes"),
+    ],
+)
+def test_post_processing_is_for_models_of_one_configuration(config, message, finished, tmp_path):
+    ours, _ = load_model(finished / "model")
+    theirs = copy_of(finished / "model", tmp_path / "model", **config)
+    cross_validate.check_fits(ours, tmp_path, ours)
+    with pytest.raises(ValueError, match=f"{message}.*: pass the model that the same configuration made"):
+        cross_validate.check_fits(theirs, tmp_path, ours)
+
+
+def test_post_processing_is_for_models_on_one_encoder(finished, tmp_path):
+    """With LoRA, which every model learns for itself, what it adapts may differ, and nothing else."""
+    ours, theirs = (load_model(finished / "model")[0] for _ in range(2))
+    with torch.no_grad():
+        theirs.fer.encoder.layers[1].attention.q_proj.weight += 0.1
+    cross_validate.check_fits(theirs, tmp_path, ours, adapted=True)
+    with pytest.raises(ValueError, match=f"--model {tmp_path} has another encoder than the models of the"):
+        cross_validate.check_fits(theirs, tmp_path, ours)
+    with torch.no_grad():
+        theirs.fer.encoder.embeddings.position_embeddings += 0.1
+    with pytest.raises(ValueError, match="has another encoder than the models of the folds"):
+        cross_validate.check_fits(theirs, tmp_path, ours, adapted=True)
 
 
 def test_adapters_of_the_last_blocks_learn_with_the_head(finished, videos, checkpoint, tmp_path):

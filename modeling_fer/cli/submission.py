@@ -22,7 +22,10 @@ from modeling_fer.learning.timelines import predict_folder, tracks_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The grammar."""
     actions = parser.add_subparsers(dest="action", required=True)
-    making = actions.add_parser("make", help="predict every frame of a template")
+    about = (
+        "Exit status 1: a video has no prediction at all, as it is not there or shows no face; it is filled."
+    )
+    making = actions.add_parser("make", help="predict every frame of a template", description=about)
     making.add_argument("--model", required=True, help="model folder, of videos or of stills")
     making.add_argument("--frames", nargs="+", help="folders of <video>/<frame>.jpg, cropped and aligned")
     making.add_argument("--data", help="in place of --frames: folder written by `fer data prepare`")
@@ -33,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fill",
         default="nearest",
         choices=("nearest", *CLASSES),
-        help="for frames without a face: nearest, the class of the nearest predicted frame, or a class",
+        help="for frames without a face: nearest, the class of the nearest predicted frame of the video, or "
+        "a class; a video without any prediction is Neutral under nearest",
     )
     making.add_argument("--batch-size", type=at_least_one, default=256)
     making.set_defaults(run=make)
@@ -65,7 +69,10 @@ def list_template(args: argparse.Namespace) -> int:
 
 
 def make(args: argparse.Namespace) -> int:
-    """Predict every frame that a template lists; exit status 1 where a video of it is unknown."""
+    """Predict every frame that a template lists; exit status 1 where a video of it has no prediction at all.
+
+    Such a video is not there, or shows no face: prepared data has neither.
+    """
     if bool(args.data) == bool(args.frames):
         raise ValueError("pass either --frames, folders of images, or --data, a prepared data set")
     template = submission.read_template(args.template)
@@ -77,14 +84,14 @@ def make(args: argparse.Namespace) -> int:
     predictions = predict_videos(args, template.videos)
     report = submission.make(template, predictions, args.out, args.edition, args.fill)
     print(f"{report['rows']} frames of {report['videos']} videos; {report['filled']} filled ({args.fill})")
-    for what, told in {
-        "unknown_videos": "not among the videos given",
-        "videos_without_frames": "without a readable face",
-    }.items():
-        for video in report[what]:
-            print(f"{video} is {told}: filled", file=sys.stderr)
+    unknown = "not in the data, or without a face" if args.data else "not among the videos given"
+    missing = dict.fromkeys(report["unknown_videos"], unknown)
+    missing |= dict.fromkeys(report["videos_without_frames"], "without a readable face")
+    filled = "Neutral" if args.fill == "nearest" else args.fill
+    for video, told in missing.items():
+        print(f"{video} is {told}: filled with {filled}", file=sys.stderr)
     print(f"written: {args.out}")
-    return 1 if report["unknown_videos"] else 0
+    return 1 if missing else 0
 
 
 def predict_videos(args: argparse.Namespace, videos: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -95,6 +102,11 @@ def predict_videos(args: argparse.Namespace, videos: list[str]) -> dict[str, tup
         found = tracks_of(rows, f"{args.data}, {args.split}")
         return {track.video: (track.frames, probabilities[track.rows]) for track in found}
     folders: dict[str, Path] = {}
+    for root in map(Path, args.frames):
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"no folder {root}: give --frames folders that hold a folder of images per video"
+            )
     for path in (p for root in args.frames for p in visible_folders(Path(root))):
         if path.name in folders:
             raise ValueError(f"{folders[path.name]} and {path} are of one video: leave out one of the roots")

@@ -8,7 +8,7 @@ import os
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from modeling_fer.data.pixels import ENDINGS
@@ -32,6 +32,30 @@ def recording(video: str) -> str:
         if video.endswith(track):
             return video.removesuffix(track) or video
     return video
+
+
+def groups_of(videos: Sequence[str], subjects: Sequence[str | None]) -> dict[str, str]:
+    """What must not be parted, by video: its recording, with all that show a person of it, and so on.
+
+    A group is named by the first of its recordings, in the order of the alphabet.
+
+    Args:
+        videos, subjects: of each row; None: not known who it is.
+    """
+    above: dict[str, str] = {}  # of a recording another one of its group, further up in the alphabet
+
+    def first(name: str) -> str:
+        while (other := above.setdefault(name, name)) != name:
+            name = other
+        return name
+
+    met: dict[str, str] = {}  # of a subject one of the recordings
+    for video, subject in dict.fromkeys(zip(videos, subjects, strict=True)):
+        own = first(recording(video))
+        if subject is not None:
+            other = first(met.setdefault(subject, own))
+            above[max(own, other)] = min(own, other)
+    return {video: first(recording(video)) for video in dict.fromkeys(videos)}
 
 
 def crossing_recordings(splits: Mapping[str, str]) -> Iterator[Remark]:

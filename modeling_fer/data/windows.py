@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from modeling_fer.data.dataset import class_translation
+from modeling_fer.data.videos import groups_of
 from modeling_fer.labels import IGNORE
 
 
@@ -37,16 +38,22 @@ class Track:
         frames: numbers `(n,)` of the frames that there are, rising.
         rows: `(n,)`, where each stands in the split.
         labels: class ids `(n,)`, -1 where a frame has none.
+        group: what folds and resampling keep together, see `videos.groups_of`.
     """
 
     video: str
     frames: np.ndarray
     rows: np.ndarray
     labels: np.ndarray
+    group: str
 
 
 def tracks(
-    videos: Sequence[str | None], frames: Sequence[int | None], labels: np.ndarray, where: str
+    videos: Sequence[str | None],
+    frames: Sequence[int | None],
+    labels: np.ndarray,
+    where: str,
+    subjects: Sequence[str | None] | None = None,
 ) -> list[Track]:
     """Sort the rows of a split into tracks, by name of the video and number of the frame.
 
@@ -54,6 +61,7 @@ def tracks(
         videos, frames: of each row.
         labels: class ids `(N,)`, -1 where a row has none.
         where: the data set, for messages.
+        subjects: of each row, None where not known; None: nowhere.
 
     Raises:
         ValueError: a row without video or frame number, or a frame that is there twice.
@@ -63,6 +71,7 @@ def tracks(
             f"{where} has rows without video and frame number: they are stills. Temporal models learn from "
             "videos; prepare some (`fer data prepare aff_wild2`, `frames` or `videos`)"
         )
+    groups = groups_of([str(video) for video in videos], subjects or [None] * len(videos))
     names, inverse = np.unique(np.asarray(videos, dtype=str), return_inverse=True)
     numbers = np.asarray(frames, dtype=np.int64)
     order = np.lexsort((numbers, inverse))
@@ -76,7 +85,7 @@ def tracks(
                 f"{where}: frame {twice} of video {name} is there twice; give videos of different people or "
                 "data sets different names"
             )
-        found.append(Track(name, own, rows, labels[rows]))
+        found.append(Track(name, own, rows, labels[rows], groups[name]))
     return found
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.pixels import decoded_batches
+from modeling_fer.data.windows import Frames
 
 VERSION = 1  # part of every key: raise it when features come out otherwise than before
 SHARD = 8192  # rows of one file
@@ -62,6 +63,22 @@ class EncodedFrames:
         starts = range(0, len(wanted), self.batch_size)
         parts = (self.pixels[wanted[start : start + self.batch_size]] for start in starts)
         return np.concatenate([encode(self.model, part, self.normalize) for part in parts])
+
+
+class SomeFrames:
+    """Features of some rows, in their order, as if there were no others; read when they are asked for.
+
+    Args:
+        features: of all rows.
+        rows: `(n,)` numbers of those wanted.
+    """
+
+    def __init__(self, features: Frames, rows: np.ndarray) -> None:
+        self.features, self.rows, self.dtype = features, rows, features.dtype
+        self.shape = (len(rows), *features.shape[1:])
+
+    def __getitem__(self, places: Any) -> np.ndarray:
+        return self.features[self.rows[places]]
 
 
 @torch.inference_mode()

@@ -121,7 +121,7 @@ class FeedbackStep:
 
         def teach() -> Logs:
             # The teacher's schedule is the student's, and has yet to follow it to the next step.
-            rate = self.schedule.get_last_lr()[0] / self.schedule.base_lrs[0]
+            rate = float(self.schedule.get_last_lr()[0] / self.schedule.base_lrs[0])
             h = self.improvement(before, self.judge(x, batch["labels"]), rate).float()
             self.improvements.append(h.item())
             teacher_loss = labelled_loss + self.lambda_u * consistency + self.feedback_weight * h * taught

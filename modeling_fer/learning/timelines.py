@@ -17,11 +17,11 @@ from modeling_fer.data.augment import Normalize
 from modeling_fer.data.collection import expressions_of
 from modeling_fer.data.dataset import class_translation
 from modeling_fer.data.pixels import UnreadableImageError, decode
-from modeling_fer.data.videos import list_frames, recording
+from modeling_fer.data.videos import list_frames
 from modeling_fer.data.windows import Frames, Track, tracks
 from modeling_fer.evaluation.tuning import VideoLogits
 from modeling_fer.labels import CLASSES
-from modeling_fer.learning.features import encode, frame_features
+from modeling_fer.learning.features import SomeFrames, encode, frame_features
 from modeling_fer.learning.inference import class_names, over_all_classes, predict_probabilities
 
 CHUNK = 512  # frames of a stream at once, where all are there
@@ -56,7 +56,8 @@ def predict_frames(
     Args:
         model: a `FerForVideoClassification`, in evaluation mode.
         features: `(n, D)` of the frames that there are, in order; read as they are needed.
-        positions: `(n,)` numbers of the frames, rising; they need not be whole.
+        positions: `(n,)` numbers of the frames, rising; they need not be whole. They are rounded to a
+            millionth, so that the time of a whole frame, in seconds times the rate, is a whole number.
         batch_size: windows at once.
 
     Raises:
@@ -64,10 +65,11 @@ def predict_frames(
     """
     config: Any = model.config
     frames = len(positions)
+    positions = np.round(np.asarray(positions, np.float64), 6)
     if not frames or (np.diff(positions) <= 0).any():
         raise ValueError(f"expected at least one frame, and positions that rise, got {positions[:5]} ...")
     device = next(model.parameters()).device
-    times = torch.from_numpy(np.asarray(positions, np.float64) / config.frame_rate)
+    times = torch.from_numpy(positions / config.frame_rate)
     found = np.empty((frames, len(config.id2label)), np.float32)
 
     def part(places: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,19 +86,22 @@ def predict_frames(
             found[places] = logits[0].float().cpu().numpy()
     else:
         total, weights = torch.zeros(found.shape), torch.zeros(frames, 1)
-        windows = list(windows_of(np.asarray(positions, np.float64), config.num_frames))
+        windows = list(windows_of(positions, config.num_frames))
         for first in range(0, len(windows), batch_size):
             batch = windows[first : first + batch_size]
-            pairs = [part(places) for _, places in batch]
+            low, high = batch[0][1].start, batch[-1][1].stop  # what windows share is read once
+            values, own = part(slice(low, high))
+            inside = [slice(places.start - low, places.stop - low) for _, places in batch]
             output = model(
-                frame_features=pad_sequence([values for values, _ in pairs], batch_first=True),
-                frame_times=pad_sequence([own for _, own in pairs], batch_first=True),
+                frame_features=pad_sequence([values[places] for places in inside], batch_first=True),
+                frame_times=pad_sequence([own[places] for places in inside], batch_first=True),
                 frame_mask=pad_sequence(
-                    [own.new_ones(len(own)).bool() for _, own in pairs], batch_first=True
+                    [own[places].new_ones(places.stop - places.start).bool() for places in inside],
+                    batch_first=True,
                 ),
             )
             for (begin, places), window in zip(batch, output.frame_logits.float().cpu(), strict=True):
-                into = torch.from_numpy(np.asarray(positions[places], np.float64) - begin)
+                into = torch.from_numpy(positions[places] - begin)
                 ramp = (torch.minimum(into, config.num_frames - 1 - into) + 1).float()[:, None]
                 total[places] += window[: len(ramp)] * ramp
                 weights[places] += ramp
@@ -134,8 +139,7 @@ def predict_tracks(
     hidden = not (show_progress and accelerator.is_main_process)
     for number in tqdm(mine, desc="videos", disable=hidden or None):
         track = tracks[number]
-        values = features[track.rows]
-        parts[number][:] = predict_frames(model, values, track.frames)
+        parts[number][:] = predict_frames(model, SomeFrames(features, track.rows), track.frames)
     model.train(was_training)
     # Each frame was written by one process, the others have 0 there: the sum is exact.
     whole = accelerator.reduce(torch.from_numpy(logits).to(accelerator.device), "sum").cpu().numpy()
@@ -148,7 +152,9 @@ def tracks_of(rows: Dataset, where: str) -> list[Track]:
     Raises:
         ValueError: a row is no frame of a video, or a frame is there twice.
     """
-    return tracks(rows["video"][:], rows["frame"][:], expressions_of(rows), where)
+    people = zip(rows["source"][:], rows["subject"][:], strict=True)  # two data sets may use one name
+    subjects = [None if subject is None else f"{source} {subject}" for source, subject in people]
+    return tracks(rows["video"][:], rows["frame"][:], expressions_of(rows), where, subjects)
 
 
 def video_logits(
@@ -157,7 +163,7 @@ def video_logits(
     """Logits of tracks with their labels in the order of the model's classes, for `evaluation.tuning`."""
     translate = class_translation(classes).numpy()
     return [
-        VideoLogits(own, translate[track.labels], track.frames.astype(np.float64), recording(track.video))
+        VideoLogits(own, translate[track.labels], track.frames.astype(np.float64), track.group)
         for own, track in zip(logits, found, strict=True)
     ]
 

@@ -1,5 +1,6 @@
 import io
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -64,6 +65,8 @@ def table(folder, text):
 def test_every_frame_of_every_container(tmp_path, ending):
     film(tmp_path / f"clip.{ending}", 25, "libvpx" if ending == "webm" else "mpeg4")
     items = read(tmp_path, labels=table(tmp_path, "video,expression,split,subject\nclip,happy,train,p1\n"))
+    *items, remark = items
+    assert remark.text.startswith("Frames a second, of 1 video: 10.")
     assert items == found(items)
     assert [e.frame for e in items] == list(range(1, 26))
     assert {(e.split, e.video, e.subject, e.expression) for e in items} == {("train", "clip", "p1", 4)}
@@ -91,13 +94,32 @@ def test_frames_intervals_and_whole_videos_have_labels(tmp_path):
     assert rejected(items) == [Rejected("labels.csv row 3", "no image of the frame")]
 
 
+def test_the_frame_rates_are_told(tmp_path):
+    """One for all is to be passed on; a model learns from frame numbers, so that mixed ones mislead it."""
+
+    def rates(**options):
+        (remark,) = [item for item in read(tmp_path, unlabeled=True, **options) if isinstance(item, Remark)]
+        return remark.text
+
+    film(tmp_path / "a.mp4", 13, rate=25)
+    film(tmp_path / "b.mkv", 26, rate=25)
+    film(tmp_path / "still.mp4", 1)  # says nothing
+    once = "Frames a second, of 2 videos: 25. Train with --frame_rate 25 (30 is the default)."
+    assert rates() == rates(frame_step=4) == once
+    film(tmp_path / "c.mp4", 40, rate=Fraction(30_000, 1001))
+    film(tmp_path / "d.mp4", 40, rate=30)
+    mixed = rates()
+    assert mixed.startswith("warning: frames a second differ: 25 (2 videos), 30 (2 videos); models learn ")
+    assert "encode the videos again at one rate (ffmpeg -i IN -r 30 OUT)" in mixed
+
+
 def test_only_some_frames(tmp_path):
     film(tmp_path / "a.mp4", 12)
     labels = table(
         tmp_path, "video,frame,expression,split\n" + "".join(f"a,{k},sad,test\n" for k in range(1, 13))
     )
     everything = found(read(tmp_path, labels=labels))
-    items = read(tmp_path, labels=labels, frame_step=5)
+    items = found(read(tmp_path, labels=labels, frame_step=5))
     assert items == [everything[0], everything[5], everything[10]]
 
 
@@ -123,7 +145,8 @@ def test_splits_of_folders_of_the_csv_and_of_neither(tmp_path):
         ("unlabeled", "a"), ("test", "b_left"), ("train", "b_right"),
     ]  # fmt: skip
     assert rejected(items) == [Rejected("notes.txt", "not a video file")]
-    (remark,) = [item for item in items if isinstance(item, Remark)]
+    rates, remark = [item for item in items if isinstance(item, Remark)]
+    assert rates.text.startswith("Frames a second, of 3 videos: 10.")
     assert "tracks in two splits: 1 " in remark.text
     assert {e.split for e in found(read(tmp_path / "flat", unlabeled=True))} == {"unlabeled"}
 

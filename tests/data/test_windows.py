@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_fer.data.sampling import DebiasFeedbackSampler
+from modeling_fer.data.videos import groups_of
 from modeling_fer.data.windows import WindowDataset, pieces, tracks
 from modeling_fer.labels import CLASSES
 
@@ -39,6 +40,35 @@ def test_stills_and_frames_that_are_there_twice_are_errors():
         tracks(["a", None], [1, 2], np.zeros(2, int), "here")
     with pytest.raises(ValueError, match="here: frame 4 of video b is there twice"):
         tracks(["b", "a", "b"], [4, 4, 4], np.zeros(3, int), "here")
+
+
+def test_tracks_of_a_recording_or_of_a_person_are_one_group():
+    """Through others, too: b is of p and q, c of q alone; who is not known joins nobody."""
+    videos = ["b_left", "b_right", "a", "c", "d", "e", "c"]
+    subjects = ["p", "q", "p", "q", None, None, None]
+    found = tracks(videos, [1, 1, 1, 1, 1, 1, 2], np.zeros(7, int), "here", subjects)
+    groups = {track.video: track.group for track in found}
+    assert groups == {"a": "a", "b_left": "a", "b_right": "a", "c": "a", "d": "d", "e": "e"}
+    plain = tracks(videos, [1, 1, 1, 1, 1, 1, 2], np.zeros(7, int), "here")
+    assert [track.group for track in plain] == ["a", "b", "b", "c", "d", "e"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    pairs=st.lists(
+        st.tuples(st.sampled_from("abcdefgh"), st.one_of(st.none(), st.sampled_from("pqrst"))), min_size=1
+    )
+)
+def test_groups_are_what_shared_people_connect(pairs):
+    """Against the transitive closure of sharing a person, by matrices."""
+    names = sorted({video for video, _ in pairs})
+    shares = np.eye(len(names), dtype=int)
+    for a, who in pairs:
+        for b, other in pairs:
+            shares[names.index(a), names.index(b)] |= who is not None and who == other
+    reached = np.linalg.matrix_power(shares, len(names)) > 0
+    expected = {name: names[int(np.flatnonzero(row)[0])] for name, row in zip(names, reached, strict=True)}
+    assert groups_of(*zip(*pairs, strict=True)) == expected
 
 
 @settings(max_examples=50, deadline=None)

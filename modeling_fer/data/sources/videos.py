@@ -5,16 +5,18 @@
 A video's name is its path below ROOT (or below the split) without the ending. The csv has the columns video
 and expression, and with them frame (a row a frame, counted from 1), or start and end (a row an interval, in
 seconds from the first frame on, the end not included), or neither (a row a video, whose frames all carry the
-label). Frames are stored whole: a video must show one face, cropped; none is looked for.
+label). Frames are stored whole: a video must show one face, cropped; none is looked for. They are stored with
+their numbers and without their times: the videos should all have one frame rate, which training is told.
 """
 
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from modeling_fer.data.schema import Example, Item, Rejected
+from modeling_fer.data.schema import Example, Item, Rejected, Remark
 from modeling_fer.data.sources.frames import FramesOptions, place, unknown_videos
 from modeling_fer.data.splits import video_folders
 from modeling_fer.data.videos import VideoLabels, contempt_remark, crossing_recordings, read_labels
@@ -82,11 +84,12 @@ def examples(options: VideosOptions) -> Iterator[Item]:
         labels = read_labels(Path(options.labels), options.contempt, endings=ENDINGS, seconds=True)
     yield from unknown_videos(labels, videos, "no video of this name")
     splits = {}
+    rates: Counter[float] = Counter()
     for video, (path, given) in videos.items():
         of_video = labels.get(video)
         splits[video] = split = place(video, given, of_video, options)
         origin = path.relative_to(root).as_posix()
-        number = 0
+        number, time = 0, 0.0
         try:
             for number, (time, frame) in enumerate(decode(path), start=1):
                 expression = of_video.at(number, time) if of_video is not None else IGNORE
@@ -108,10 +111,30 @@ def examples(options: VideosOptions) -> Iterator[Item]:
         except UnreadableVideoError as error:
             after = f" after frame {number}" if number else ""
             yield Rejected(f"{origin}{after} ({error})", error.reason)
+        if time > 0:
+            rates[round((number - 1) / time, 1)] += 1  # 29.97 is 30: nothing depends on so little
         if of_video is not None and number:
             yield from of_video.unmet()
+    yield from rates_remark(rates)
     yield from contempt_remark(labels)
     yield from crossing_recordings(splits)
+
+
+def rates_remark(rates: Counter[float]) -> Iterator[Remark]:
+    """Say how many frames a second the videos have, and what follows; `rates` counts videos by rate."""
+    if len(rates) == 1:
+        (rate,) = rates
+        videos = f"{rates.total():,} video{'s' if rates.total() > 1 else ''}"
+        yield Remark(
+            f"Frames a second, of {videos}: {rate:g}. Train with --frame_rate {rate:g} (30 is the default)."
+        )
+    elif rates:
+        found = ", ".join(f"{rate:g} ({count:,} videos)" for rate, count in sorted(rates.items()))
+        yield Remark(
+            f"warning: frames a second differ: {found}; models learn from frame numbers, as if all had one "
+            f"rate: encode the videos again at one rate (ffmpeg -i IN -r {max(rates):g} OUT), which changes "
+            "the numbers of frames in labels, and not the seconds"
+        )
 
 
 def decode(path: Path) -> Iterator[tuple[float, Any]]:
