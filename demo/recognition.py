@@ -20,7 +20,7 @@ from modeling_fer.labels import CLASSES
 from modeling_fer.learning.features import encode
 from modeling_fer.learning.inference import class_names, load_model
 from modeling_fer.learning.timelines import postprocess, predict_frames
-from modeling_fer.video.faces import NO_FACE, Crop, Detector, Face, align, find_detector
+from modeling_fer.video.faces import NO_FACE, Crop, Detector, Face, align, faces_of, find_detector
 from modeling_fer.video.table import Row
 from modeling_fer.video.tracks import Tracker
 
@@ -56,9 +56,13 @@ class Recognizer:
         """The crop of a face, uint8 RGB (size, size, 3), as the model learnt to see them."""
         return align(rgb, face, self.processor.size["height"], Crop.from_dict(self.model.config.crop))
 
+    def find(self, rgb: np.ndarray, detector: Detector) -> list[Face]:
+        """The faces of an image, uint8 RGB (H, W, 3), the largest first."""
+        return faces_of(rgb, detector, Crop.from_dict(self.model.config.crop))
+
     def judge(self, crop: np.ndarray) -> dict[str, float]:
         """Probabilities of the expressions of one crop, by itself."""
-        return predict_video(self.model, self.processor, [(1, 0.0, crop)])[0].probabilities
+        return next(predict_video(self.model, self.processor, [(1, 0.0, crop)])).probabilities
 
 
 def load(model: str | None = None, detector: str | None = None) -> Recognizer:
@@ -120,7 +124,7 @@ def read_photo(recognizer: Recognizer, path: str | Path) -> tuple[Image.Image, l
     check_size(data)
     image = open_image(data)
     rgb = np.asarray(image)
-    faces = Detector(recognizer.detector).detect(rgb)
+    faces = recognizer.find(rgb, Detector(recognizer.detector))
     crops = [recognizer.cut(rgb, face) for face in faces]
     rows = [
         Row(1, 0.0, number, face.box, recognizer.judge(crop))
@@ -143,7 +147,7 @@ def check_size(data: bytes) -> None:
 def read_video(
     recognizer: Recognizer, path: str | Path, tell: Callable[[float], None] = lambda seconds: None
 ) -> tuple[list[Row], list[str]]:
-    """Judge every frame of a video file by its foremost face, as `fer predict --detect` does.
+    """Judge every frame of a video file by its foremost face; `fer predict --detect` judges them all.
 
     Args:
         recognizer: model and detector.
@@ -171,7 +175,8 @@ def read_video(
             tell(frame[1])
             yield frame
 
-    rows = predict_video(recognizer.model, recognizer.processor, watched(), Detector(recognizer.detector))
+    detector = Detector(recognizer.detector)
+    rows = list(predict_video(recognizer.model, recognizer.processor, watched(), detector))
     if not rows:
         raise ValueError("; ".join(remarks) or "the video has no frame")
     return rows, remarks
@@ -193,7 +198,7 @@ def look(recognizer: Recognizer, camera: Camera, rgb: np.ndarray, now: float) ->
 
     A model of videos sees the face's frames so far, as many as it was trained on.
     """
-    faces = camera.detector.detect(rgb)
+    faces = recognizer.find(rgb, camera.detector)
     tracks = camera.tracker.step(faces)
     place = camera.tracker.foremost
     number = camera.rows[-1].frame + 1 if camera.rows else 1

@@ -207,19 +207,25 @@ def test_a_detector_needs_a_crop_and_the_flag(checkpoint, stills, tmp_path, caps
 
 def test_a_video_frame_by_frame_by_a_model_of_stills(stills, tmp_path, detector, capsys):
     path = film(tmp_path / "film.mp4", 5)
-    ours, larger = at(4, 4, 20), at(30, 10, 30)
+    small, large = at(4, 4, 20), at(30, 10, 30)
+    none, odd = at(4, 4, 0), at(40, 40, float("nan"))
     command = ["predict", str(path), "--model", str(stills), "--batch-size", "2"]
-    assert main([*command, *detector([ours], [], [larger, ours], [ours], [])]) == 0
+    found = [small], [none], [large, odd, small], [large], []
+    assert main([*command, *detector(*found)]) == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     frames = frames_of(path)
-    expected = probabilities(stills, [cut(frames[i], ours) for i in (0, 2, 3)])
-    assert [line[:2] for line in lines] == [[str(path), f"{0.1 * i:.3f}"] for i in range(5)]
-    assert [line[2:] for line in lines] == [
-        ["4,4,20,20", CLASSES[expected[0].argmax()], f"{expected[0].max():.2f}"],
-        ["no face"],
-        *(["4,4,20,20", CLASSES[p.argmax()], f"{p.max():.2f}"] for p in expected[1:]),
-        ["no face"],
+    shown = [(0, "0", small), (2, "0", small), (2, "1", large), (3, "1", large)]
+    expected = probabilities(stills, [cut(frames[i], face) for i, _, face in shown])
+    said = [
+        [number, ",".join(str(round(v)) for v in face.box), CLASSES[p.argmax()], f"{p.max():.2f}"]
+        for (_, number, face), p in zip(shown, expected, strict=True)
     ]
+    assert [line[:2] for line in lines] == [[str(path), f"{0.1 * i:.3f}"] for i in (0, 1, 2, 2, 3, 4)]
+    assert [line[2:] for line in lines] == [said[0], ["no face"], *said[1:], ["no face"]]
+    assert main([*command, "--json", *detector(*found)]) == 0
+    assert [(one["frame"], one["face"], one["box"] is None) for one in objects(capsys)] == [
+        (1, 0, False), (2, None, True), (3, 0, False), (3, 1, False), (4, 1, False), (5, None, True)
+    ]  # fmt: skip
 
 
 def test_without_detect_the_frames_are_face_crops(stills, tmp_path, capsys):
@@ -230,7 +236,7 @@ def test_without_detect_the_frames_are_face_crops(stills, tmp_path, capsys):
     said = objects(capsys)
     assert [one.get("seconds") for one in said] == [0, 0.1, 0.2, None]
     assert [one.get("frame") for one in said] == [1, 2, 3, None]
-    assert all("box" not in one for one in said)
+    assert all("box" not in one and "face" not in one for one in said)
     resized = [Image.fromarray(rgb).resize((16, 16), Image.Resampling.BILINEAR) for rgb in frames_of(path)]
     expected = probabilities(stills, [np.asarray(image).transpose(2, 0, 1) for image in resized])
     for one, p in zip(said, expected, strict=False):
@@ -274,13 +280,71 @@ def test_two_people_one_after_the_other_are_videos_of_their_own(temporal):
     model, processor = load_model(temporal)
     frames = [(n + 1, n / 10, noise(60, 80, seed=n)) for n in range(8)]
     first, second = at(0, 0, 30), at(45, 20, 35)
-    rows = predict_video(model, processor, frames, Scripted(*[[first]] * 4, *[[second]] * 4))
+    rows = list(predict_video(model, processor, frames, Scripted(*[[first]] * 4, *[[second]] * 4)))
     assert [row.face for row in rows] == [0] * 4 + [1] * 4
     for half, face in ((range(4), first), (range(4, 8), second)):
         pixels = [cut(frames[i][2], face) for i in half]
         expected = whole(temporal, pixels, [True] * 4, [frames[i][1] for i in half])
         found = [list(rows[i].probabilities.values()) for i in half]
         np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_two_people_at_once_are_videos_of_their_own(temporal, tmp_path, detector, capsys):
+    path = film(tmp_path / "film.mp4", 8)
+    faces = at(0, 0, 20), at(30, 10, 25)
+    there = [[True, True, False, True, True, False, True, True], [False] * 2 + [True] * 6]
+    found = [[faces[n] for n in (1, 0) if there[n][i]] for i in range(8)]
+    command = ["predict", str(path), "--model", str(temporal), "--batch-size", "3", "--json"]
+    assert main([*command, *detector(*found)]) == 0
+    said = objects(capsys)
+    frames = [one["frame"] for one in said]
+    assert frames == sorted(frames)
+    for number, face in enumerate(faces):
+        own = [one for one in said if one["face"] == number]
+        places = [i for i in range(8) if there[number][i]]
+        assert [one["frame"] - 1 for one in own] == places
+        assert {tuple(one["box"]) for one in own} == {tuple(map(round, face.box))}
+        pixels = [cut(frames_of(path)[i], face) for i in places]
+        expected = whole(temporal, pixels, [True] * len(own), [one["seconds"] for one in own])
+        rows = [list(one["probabilities"].values()) for one in own]
+        np.testing.assert_allclose(rows, expected, atol=2e-3)
+
+
+def test_of_several_faces_one_is_followed_unless_every_one_is_asked_for(stills):
+    model, processor = load_model(stills)
+    frames = [(n + 1, n / 10, noise(60, 80, seed=n)) for n in range(3)]
+    small, large = at(0, 0, 20), at(40, 20, 35)
+    scripts = [[small], [small, large], [large]]
+    rows = list(predict_video(model, processor, frames, Scripted(*scripts)))
+    assert [row.face for row in rows] == [0, 0, 1]
+    rows = list(predict_video(model, processor, frames, Scripted(*scripts), every_face=True))
+    assert [(row.frame, row.face) for row in rows] == [(1, 0), (2, 0), (2, 1), (3, 1)]
+
+
+def test_rows_of_a_model_of_stills_come_while_the_video_is_read(stills):
+    """Nothing is kept of what was said, so that a long video needs no memory."""
+    read = []
+
+    def frames():
+        for number in range(1, 10):
+            read.append(number)
+            yield number, 0.1 * number, noise(seed=number)
+
+    rows = predict_video(*load_model(stills), frames(), Scripted(*[[at(0, 0, 9)]] * 9), batch_size=3)
+    assert [next(rows).frame for _ in range(4)] == [1, 2, 3, 4]
+    assert read == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.skipif(not (SHARED / "models").is_dir(), reason=f"needs YuNet and a video in {SHARED}")
+def test_the_face_of_a_real_video_keeps_its_number(stills, capsys):
+    pytest.importorskip("cv2")
+    pytest.importorskip("av")
+    path = SHARED / "data/media/single_face.mp4"
+    command = ["predict", str(path), "--model", str(stills), "--detect", "--json"]
+    assert main([*command, "--detector", str(SHARED / "models/face_detection_yunet_dynamic.onnx")]) == 0
+    said = objects(capsys)
+    assert [one["frame"] for one in said] == list(range(1, 73))
+    assert {one["face"] for one in said} == {0}
 
 
 def test_a_video_without_any_face(temporal, tmp_path, detector, capsys):
@@ -306,6 +370,24 @@ def test_an_unreadable_video_is_named_and_the_rest_goes_on(stills, tmp_path, cap
     assert len(output.out.splitlines()) == 2
     assert output.err.splitlines()[0].startswith(f"skipped {paths[0]}: unreadable video (")
     assert output.err.splitlines()[1] == "1 of 2 files could not be read"
+
+
+def test_a_video_that_is_read_in_part_is_no_unreadable_one(stills, monkeypatch, tmp_path, capsys):
+    good, bad = (0.0, 10, False, 0), (0.1, 20, True, 0)
+    (tmp_path / "x.mp4").touch()
+    command = ["predict", str(tmp_path / "x.mp4"), "--model", str(stills)]
+    for frames, error, code, last in (
+        ([good, bad], None, 0, "1 of 1 files could be read in part only"),
+        ([good], UnreadableVideoError("bad packet"), 0, "1 of 1 files could be read in part only"),
+        ([bad], None, 1, "1 of 1 files could not be read"),
+    ):
+        decoded(monkeypatch, frames, error)
+        assert main(command) == code
+        output = capsys.readouterr()
+        assert len(output.out.splitlines()) == frames.count(good)
+        skipped, told = output.err.splitlines()
+        assert skipped.startswith(f"skipped {tmp_path / 'x.mp4'} ")
+        assert told == last
 
 
 def decoded(monkeypatch, frames, error=None):
@@ -352,7 +434,7 @@ def test_faces_are_found_one_frame_at_a_time():
             read.append(number)
             yield number, 0.1 * number, noise(seed=number)
 
-    found = find_faces(frames(), 8, Scripted([at(0, 0, 9)]), Crop("box"))
+    found = find_faces(frames(), 8, Scripted([at(0, 0, 9)]), Crop("box"), every_face=True)
     row, pixels = next(found)
     assert (read, row.frame, row.box) == ([1], 1, (0, 0, 9, 9))
     assert pixels.shape == (3, 8, 8)

@@ -20,6 +20,7 @@ const parameters = new URLSearchParams(location.search);
 const square = { x: 0, y: 0, side: 0 }; // in pixels of the picture
 const rows = []; // [seconds, probabilities] of the judged frames
 let model, processor, names;
+let margin = 0; // that the model's faces have around them, in units of their side
 let source = null; // the canvas or the video that is looked at
 let showing = 0; // number of what is looked at: what comes late of an earlier one is dropped
 
@@ -48,8 +49,29 @@ async function load() {
   processor = await AutoImageProcessor.from_pretrained(id);
   processor.do_resize = false; // done by `resize` below
   model = await AutoModelForImageClassification.from_pretrained(id, { dtype, device: "wasm" });
-  const { id2label } = model.config;
+  const { id2label, crop } = model.config;
   names = Object.keys(id2label).map((number) => id2label[number]);
+  guide(crop);
+}
+
+/** Tell how to place the square so that it holds what the model learnt from, and frame the face in it. */
+function guide(crop) {
+  margin = crop?.margin ?? 0;
+  const inside = (value) => (value + margin) / (1 + 2 * margin); // from the crop without its margin to the square
+  const percent = (value) => `${Math.round(100 * value)} %`;
+  const height = (points) => percent(inside((points[0][1] + points[1][1]) / 2));
+  let how = "the square onto one, forehead to chin, cheek to cheek.";
+  if (!crop) {
+    how += " The export does not say how the model's faces were cut out: see crop in the model's own config.json.";
+  } else if (crop.points) {
+    const [eyes, mouth] = [height(crop.points.slice(0, 2)), height(crop.points.slice(3))];
+    how = `the square onto one, and turn the head upright, eyes at ${eyes} of its height, mouth at ${mouth}.`;
+  } else if (margin) {
+    how = "the square until its dashed frame holds one, forehead to chin, cheek to cheek.";
+    $("face").style.setProperty("--inset", inside(0));
+    $("face").hidden = false;
+  }
+  $("guide").textContent = `The page does not look for faces: drag ${how}`;
 }
 
 /** Class probabilities of a square picture's pixels, RGBA. */
@@ -219,7 +241,7 @@ const openCamera = () => openVideo(async (video) => {
   video.srcObject = await navigator.mediaDevices.getUserMedia({ video: wanted, audio: false }).catch((error) => {
     throw new Error(`no camera: ${error.message}`);
   });
-}, 0.6);
+}, 0.6 * (1 + 2 * margin));
 
 // --- Results ---
 
@@ -235,7 +257,9 @@ async function judge(number, seconds = null) {
   busy = true;
   const began = performance.now();
   try {
-    const probabilities = await classify(cut(), square.side);
+    const pixels = cut();
+    if (seconds !== null && !pixels[3]) return; // the video has begun, but shows nothing yet
+    const probabilities = await classify(pixels, square.side);
     if (number === showing) report(probabilities, seconds, performance.now() - began);
   } catch (error) {
     tell(error.message, true);
@@ -255,7 +279,6 @@ function report(probabilities, seconds, milliseconds) {
   probabilities.forEach((value, i) => $("bars").children[i].replaceWith(draw(names[i], value, i === best)));
   $("speed").textContent = `${milliseconds.toFixed(0)} ms a face`;
   if (seconds === null) return;
-  if (rows.length && seconds < rows.at(-1)[0]) rows.length = 0; // the video began again
   rows.push([seconds, probabilities]);
   if (rows.length > KEPT) rows.shift();
   drawTimeline();

@@ -2,6 +2,8 @@
 # Fill vendor/ with the page's two libraries: npm's packages at exact versions, checked against vendor.sha256.
 set -eu
 cd "$(dirname "$0")"
+sha256sum --check --status vendor.sha256 2> /dev/null && exit
+command -v npm > /dev/null || { echo "no npm, which fetches the page's libraries: sudo apt-get install npm" >&2; exit 1; }
 mkdir -p vendor
 take() { # package, its files
   archive=$(npm pack --silent --pack-destination vendor "$1")

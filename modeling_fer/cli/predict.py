@@ -29,9 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", help="images or videos, or folders of them")
     add_model(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with all probabilities")
-    parser.add_argument("--detect", action="store_true", help="find the faces first (default: all are crops)")
+    parser.add_argument(
+        "--detect",
+        action="store_true",
+        help="find the faces first; a face of a video has a number that it keeps from frame to frame "
+        "(default: all are crops)",
+    )
     parser.add_argument("--detector", help="ONNX file of YuNet (default: that of the Hub's cache)")
     parser.add_argument("--batch-size", type=at_least_one, default=64)
+    parser.epilog = (
+        "What cannot be read is named and left out. Exit status 1: of some files, nothing could be read."
+    )
     parser.set_defaults(run=predict)
 
 
@@ -51,17 +59,21 @@ def predict(args: argparse.Namespace) -> int:
     if args.detect:
         faces.Crop.from_dict(model.config.crop)  # before a detector is fetched
         detector = faces.Detector(faces.find_detector(args.detector))
-    unread: set[Path] = set()
+    damaged: set[str] = set()
+    told: set[str] = set()  # of which there is something to say
 
     def skip(path: Path, what: str, reason: str) -> None:
         print(f"skipped {what}: {reason}", file=sys.stderr)
-        unread.add(path)
+        damaged.add(str(path))
 
     for films, group in itertools.groupby(paths, is_video):
         tell = partial(of_videos if films else of_images, model, processor, group, detector, skip)
         for said in tell(args.batch_size):
             print(json.dumps(said) if args.json else as_text(said), flush=True)
-    if unread:
+            told.add(said["file"])
+    if in_part := damaged & told:
+        print(f"{len(in_part)} of {len(paths)} files could be read in part only", file=sys.stderr)
+    if unread := damaged - told:
         print(f"{len(unread)} of {len(paths)} files could not be read", file=sys.stderr)
     return 1 if unread else 0
 
@@ -79,13 +91,13 @@ def of_videos(
     skip: Callable[[Path, str, str], None],
     batch_size: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield what is said of each frame of video files."""
+    """Yield what is said of each face of each frame of video files, or that there is none."""
     for path in paths:
         frames = tqdm(read_frames(path, partial(skip, path)), desc=path.name, unit="frame", disable=None)
-        for row in predict_video(model, processor, frames, detector, batch_size):
-            box = {"box": whole(row.box)} if detector else {}
-            place = {"file": str(path), "frame": row.frame, "seconds": round(row.seconds, 3), **box}
-            yield place | scored(row.probabilities)
+        for row in predict_video(model, processor, frames, detector, batch_size, every_face=True):
+            face = {"face": row.face, "box": whole(row.box)} if detector else {}
+            place = {"file": str(path), "frame": row.frame, "seconds": round(row.seconds, 3)}
+            yield place | face | scored(row.probabilities)
 
 
 def of_images(
@@ -137,12 +149,14 @@ def scored(probabilities: dict[str, float]) -> dict[str, Any]:
 
 
 def as_text(said: dict[str, Any]) -> str:
-    """A result as file, seconds of a video, box where faces were looked for, class and its probability."""
+    """A result as file, class and its probability; of a video with seconds, of found faces number and box."""
     cells = [said["file"]]
     if "seconds" in said:
         cells.append(f"{said['seconds']:.3f}")
     if said["expression"] is None:
         return "\t".join([*cells, faces.NO_FACE])
+    if "face" in said:
+        cells.append(str(said["face"]))
     if "box" in said:
         cells.append(",".join(map(str, said["box"])))
     return "\t".join([*cells, said["expression"], f"{said['probabilities'][said['expression']]:.2f}"])

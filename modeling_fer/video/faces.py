@@ -7,7 +7,7 @@ mouth; right and left are the person's own, so that a right eye lies on the imag
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,16 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
 
 
+def possible(face: Face, shape: Sequence[int], crop: Crop) -> bool:
+    """Whether a face has an extent, and a crop not far larger than its image of `shape` (H, W, ...)."""
+    try:
+        scale = math.hypot(*crop.matrix(face)[:, 0])
+    except ValueError:
+        return False
+    has_extent = all(map(math.isfinite, face.box)) and min(face.box[2:]) > 0
+    return has_extent and scale * WIDEST * max(shape[:2]) > 1
+
+
 def align(rgb: np.ndarray, face: Face, size: int, crop: Crop) -> np.ndarray:
     """Cut a face out of an image, uint8 RGB (H, W, 3), to uint8 (size, size, 3).
 
@@ -288,14 +298,13 @@ def align(rgb: np.ndarray, face: Face, size: int, crop: Crop) -> np.ndarray:
     outermost pixels are repeated.
 
     Raises:
-        ValueError: the array is no such image, or the face is none: it has no extent, or its crop is far
-            larger than the image.
+        ValueError: the array is no such image, or the face is not `possible`.
     """
     _check(rgb)
+    if not possible(face, rgb.shape, crop):
+        raise ValueError(f"the landmarks or the box are no face's: {face}")
     matrix = crop.matrix(face) * size
     scale = math.hypot(matrix[0, 0], matrix[1, 0])
-    if not scale * WIDEST * max(rgb.shape[:2]) > size:
-        raise ValueError(f"the landmarks or the box are no face's: {face}")
     turn = np.linalg.inv(matrix[:, :2])
     corners = (np.array([(0, 0), (0, size), (size, 0), (size, size)]) - matrix[:, 2]) @ turn.T
     left, top = np.floor(corners.min(0)).astype(int) - 1
@@ -314,6 +323,11 @@ def align(rgb: np.ndarray, face: Face, size: int, crop: Crop) -> np.ndarray:
     bands = [np.asarray(Image.fromarray(band).transform(*how)) for band in np.moveaxis(patch, -1, 0)]
     pixels = np.stack(bands, axis=-1).reshape(size, fine, size, fine, 3).mean((1, 3))
     return np.rint(pixels).astype(np.uint8)
+
+
+def faces_of(rgb: np.ndarray, detector: Detector, crop: Crop) -> list[Face]:
+    """Find the faces of an image that can be cut out: what a detector takes for one may have no extent."""
+    return [face for face in detector.detect(rgb) if possible(face, rgb.shape, crop)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -344,7 +358,7 @@ def crops(
         except (OSError, UnreadableImageError) as error:
             yield Result(image, reason=str(error))
             continue
-        faces = detector.detect(rgb)
+        faces = faces_of(rgb, detector, crop)
         for face in faces:
             yield Result(image, face, align(rgb, face, size, crop).transpose(2, 0, 1))
         if not faces:

@@ -1,17 +1,8 @@
 """Faces from frame to frame: which of them are one person's, told by how much their boxes overlap."""
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from modeling_fer.video.faces import Face, iou
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Track:
-    """One face through a video: `frames`, the places of those that show it, rising, and the `faces` there."""
-
-    frames: list[int]
-    faces: list[Face]
 
 
 class Tracker:
@@ -70,19 +61,3 @@ class Tracker:
         followed = [place for place, number in numbers.items() if number == self._followed]
         self.foremost = followed[0] if followed else largest
         return [numbers[place] for place in range(len(faces))]
-
-
-def follow(frames: Iterable[Sequence[Face]], overlap: float = 0.3, patience: int = 15) -> list[Track]:
-    """Join the faces of each frame of a video to tracks, in the order in which they begin; see `Tracker`.
-
-    Every face is in one track, and a track has one face a frame at most.
-    """
-    tracker = Tracker(overlap, patience)
-    found: list[Track] = []
-    for frame, faces in enumerate(frames):
-        for number, face in zip(tracker.step(faces), faces, strict=True):
-            if number == len(found):
-                found.append(Track([], []))
-            found[number].frames.append(frame)
-            found[number].faces.append(face)
-    return found

@@ -157,7 +157,7 @@ def test_each_face_of_a_photograph_is_judged_as_its_crop(stills, tmp_path):
     assert [row.box for row in rows] == [(60, 20, 30, 30), (5, 10, 20, 20)]  # the largest first
     assert [row.face for row in rows] == [0, 1]
     for row, crop in zip(rows, crops, strict=True):
-        direct = predict_video(stills.model, stills.processor, [(1, 0.0, crop)])[0]
+        (direct,) = predict_video(stills.model, stills.processor, [(1, 0.0, crop)])
         assert row.probabilities == direct.probabilities
         assert sum(row.probabilities.values()) == pytest.approx(1, abs=1e-5)
     assert rows[0].probabilities != rows[1].probabilities
@@ -175,6 +175,20 @@ def test_a_photograph_is_turned_upright(stills, tmp_path):
 def test_a_photograph_without_a_face_is_a_result(stills, tmp_path):
     scene().save(tmp_path / "photo.png")
     assert read_photo(stills, tmp_path / "photo.png")[1:] == ([Row(1, 0.0)], [])
+
+
+def test_what_is_found_without_an_extent_is_no_face(stills, tmp_path, monkeypatch):
+    class Flat(Squares):
+        def detect(self, rgb):
+            return [Face((3.0, 3.0, 0.0, 0.0), np.full((5, 2), 3.0), 0.9)]
+
+    monkeypatch.setattr(recognition, "Detector", Flat)
+    scene().save(tmp_path / "photo.png")
+    assert read_photo(stills, tmp_path / "photo.png")[1:] == ([Row(1, 0.0)], [])
+    assert [row.face for row in read_video(stills, write_video(tmp_path / "video.mp4", moving(2)))[0]] == [
+        None
+    ] * 2
+    assert look(stills, Camera(Flat(), start=0.0), np.asarray(scene()), 1.0) == Row(1, 1.0)
 
 
 def test_bad_photographs_are_refused(stills, tmp_path, monkeypatch):
@@ -200,7 +214,7 @@ def test_a_video_is_judged_as_by_the_command(recognizer, tmp_path):
     told = []
     rows, remarks = read_video(recognizer, path, told.append)
     frames = read_frames(path, lambda what, reason: None)
-    assert rows == predict_video(recognizer.model, recognizer.processor, frames, Squares())
+    assert rows == list(predict_video(recognizer.model, recognizer.processor, frames, Squares()))
     assert remarks == []
     assert [row.face is None for row in rows] == [i in (5, 6) for i in range(12)]
     assert told == pytest.approx([i / 10 for i in range(12)])
@@ -239,7 +253,7 @@ def test_a_camera_is_judged_like_the_video_that_it_has_shown(recognizer):
     for i, image in enumerate(moving(14, empty=(5, 6, 11))):
         frames.append((i + 1, i / 7, np.asarray(image)))
         row = look(recognizer, camera, frames[-1][2], 100 + i / 7)
-        expected = predict_video(recognizer.model, recognizer.processor, frames, Squares())[-1]
+        expected = list(predict_video(recognizer.model, recognizer.processor, frames, Squares()))[-1]
         assert (row.frame, row.face, row.box) == (expected.frame, expected.face, expected.box)
         assert row.seconds == pytest.approx(expected.seconds)
         assert row.probabilities == pytest.approx(expected.probabilities, abs=1e-5)

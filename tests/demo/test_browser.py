@@ -1,7 +1,8 @@
 """The static page and the Space in headless Chromium: what they say is what Python says.
 
-FER_TEST_MODEL names a model to test with in place of a tiny random one; photographs in ../shared are shown
-where they are. Pictures of the pages are left in FER_TEST_PICTURES, if that names a folder.
+Faces are drawn, and where ../shared has photographs, videos and YuNet, those are shown as well.
+FER_TEST_MODEL names a model to test with in place of a tiny random one. Pictures of the pages are left in
+FER_TEST_PICTURES, if that names a folder.
 """
 
 import csv
@@ -12,6 +13,8 @@ import json
 import os
 import shutil
 import threading
+import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,8 +22,8 @@ import numpy as np
 import pytest
 import recognition
 from conftest import SIZE, picture
-from PIL import Image
-from test_app import PHOTO, ROOT, YUNET, Squares, moving, processor, scene, with_crop, write_video
+from PIL import Image, ImageFilter
+from test_app import PHOTO, ROOT, SHARED, YUNET, Squares, moving, processor, scene, with_crop, write_video
 
 from modeling_fer import FerConfig, FerForImageClassification
 from modeling_fer.cli.videos import predict_video, read_frames
@@ -28,14 +31,18 @@ from modeling_fer.data.augment import Normalize
 from modeling_fer.data.pixels import decode, open_image
 from modeling_fer.hub.export import export
 from modeling_fer.learning.inference import class_names, load_model, predict_probabilities
-from modeling_fer.video.faces import Detector
+from modeling_fer.video.faces import CROPS, Crop, Detector, Face, align
 from modeling_fer.video.table import read_table
 
+av = pytest.importorskip("av")
 pytestmark = pytest.mark.browser
+TINY = "FER_TEST_MODEL" not in os.environ
 WEB = ROOT / "demo" / "web"
 FILES = ("transformers.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 EXACT = 1e-4  # of probabilities, where both sides see the same pixels
 NEAR = 0.06  # where the browser has decoded or compressed them
+JERKY = 0.1  # where a detector has looked for the face in compressed ones
+FILMS = {"single_face.mp4": 1, "people_pexels.mp4": 6}  # of each every so many frames, about 2.5 seconds
 
 
 # --- Server, browser, model ---
@@ -95,17 +102,26 @@ def opened(browser, address, own=None):
     assert errors == []
 
 
+def wait(page, condition):
+    """Wait until a condition of JavaScript holds; the page's policy forbids it to evaluate one by itself."""
+    end = time.monotonic() + 60
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, condition
+        page.wait_for_timeout(50)
+
+
 def keep(page, name):
     """Leave a picture of the page for people to look at."""
     if folder := os.environ.get("FER_TEST_PICTURES"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Return a model of stills and its image processor."""
-    if folder := os.environ.get("FER_TEST_MODEL"):
-        loaded, own = load_model(folder)
+    if not TINY:
+        loaded, own = load_model(os.environ["FER_TEST_MODEL"])
         return with_crop(loaded), own
     import torch
     import transformers
@@ -150,21 +166,58 @@ def two(judge):
     return [image for _, _, image in surest[:2]]
 
 
-def write_camera(path, images):
-    """A file that Chromium's camera shows in a loop: a second each image."""
-    with path.open("wb") as file:
-        for image in images:
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=95)
-            file.write(buffer.getvalue() * 30)
-    return path
+@pytest.fixture(scope="module", params=["drawn", "filmed"])
+def source(request):
+    """Return where faces come from: drawings, or photographs and videos."""
+    if request.param == "filmed" and not (YUNET.is_file() and PHOTO.is_file()):
+        pytest.skip(f"needs YuNet, photographs and videos in {SHARED}")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def camera(source, two, tmp_path_factory):
+    """Return a file that Chromium's camera shows in a loop, 30 images a second, and its different images."""
+    if source == "filmed":
+        shots = [shot for name, step in FILMS.items() for shot in filmed(PHOTO.parent / name)[::step]]
+        times = 1
+    else:
+        shots, times = [Image.new("RGB", (640, 480)) for _ in two], 30
+        for shot, image in zip(shots, two, strict=True):
+            for left in (10, 330):  # `Squares` finds one in each half; the page looks at the middle
+                shot.paste(image.resize((300, 300)), (left, 90))
+    path = tmp_path_factory.mktemp("camera") / "camera.y4m"
+    # Not as JPEGs: Chromium's fake camera takes their range of 0 to 255 for one of 16 to 235.
+    with av.open(str(path), "w", format="yuv4mpegpipe") as container:
+        stream = container.add_stream("rawvideo", rate=30)
+        stream.width, stream.height, stream.pix_fmt = *shots[0].size, "yuv420p"
+        for shot in shots:
+            for _ in range(times):
+                container.mux(stream.encode(av.VideoFrame.from_image(shot)))
+    return path, shots
+
+
+def filmed(path):
+    """The frames of a video."""
+    return [Image.fromarray(rgb) for _, _, rgb in read_frames(path, lambda *told: pytest.fail(str(told)))]
+
+
+def agree(rows, expected, apart=NEAR):
+    """Each row, expression and probabilities, is what Python says of a frame; no usual expression lacks."""
+    for expression, found in rows:
+        near = [said for said in expected if found == pytest.approx(said, abs=apart)]
+        assert near, found
+        assert expression in map(best, near)
+    counts = Counter(map(best, expected))
+    usual = {name for name, count in counts.items() if count > len(expected) / 4}
+    assert usual <= {expression for expression, _ in rows}
+    assert len(usual) > 1 or not TINY, "one expression of all frames would show nothing"
 
 
 # --- The static page ---
 
 
 @pytest.fixture(scope="module")
-def site(model, tmp_path_factory):
+def site_folder(model, tmp_path_factory):
     """Return the page's folder, with the model's export beside it."""
     pytest.importorskip("onnxruntime")
     if missing := [name for name in FILES if not (WEB / "vendor" / name).is_file()]:
@@ -178,7 +231,13 @@ def site(model, tmp_path_factory):
     faces = np.stack([np.asarray(picture(i, 0, side)).transpose(2, 0, 1) for i in range(8)])
     export(net, own, faces, root / "model", "onnx")
     (root / "free.html").write_text("<!doctype html><title>a page without a policy</title>")
-    with served(root) as (address, _):
+    return root
+
+
+@pytest.fixture(scope="module")
+def site(site_folder):
+    """Return the page's address."""
+    with served(site_folder) as (address, _):
         yield address
 
 
@@ -197,18 +256,19 @@ def shown(page):
 
 def until(page, expected):
     """Wait until the bars say what is expected."""
-    page.wait_for_function(
+    wait(
+        page,
         f"""() => Object.entries({json.dumps(expected)}).every(([name, value]) => {{
           const bar = document.querySelector(`#bars li[data-name=${{name}}]`);
           return Math.abs(bar.dataset.probability - value) < {EXACT};
-        }})"""
+        }})""",
     )
 
 
 def show(page, name, data, kind="image/png"):
     page.wait_for_selector("body.ready")
     page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
-    page.wait_for_function("document.querySelector('#bars .best') !== null")
+    page.wait_for_selector("#bars .best")
 
 
 def middle(image, share=1.0):
@@ -283,6 +343,58 @@ def test_what_the_square_holds_is_judged(site, browser, judge):
         until(page, left)
 
 
+@pytest.fixture
+def with_crop_of(site_folder, site):
+    """Return what gives the page's address with an export whose configuration states a crop, or none."""
+
+    def address(crop):
+        config = json.loads((site_folder / "model/config.json").read_text())
+        config.pop("crop", None)
+        folder = site_folder / f"model_{len(list(site_folder.iterdir()))}"
+        shutil.copytree(site_folder / "model", folder)
+        (folder / "config.json").write_text(json.dumps(config | ({"crop": crop} if crop else {})))
+        return f"{site}?model=./{folder.name}"
+
+    return address
+
+
+@pytest.mark.parametrize("margin", [0.25, -0.1])
+def test_the_models_margin_lies_around_the_frame_for_the_face(
+    margin, site, with_crop_of, browser, model, judge
+):
+    """Put onto a detector's box, that frame makes the square the crop of `fer predict --detect`."""
+    size, crop = model[1].size["height"], Crop("box", margin=margin)
+    image = picture(4, 0, 300).resize((400, 300))
+    image.paste(picture(1, 0, 130), (50, 0))
+    rgb = np.asarray(image.filter(ImageFilter.GaussianBlur(15)))  # which both resize alike
+    with opened(browser, with_crop_of(crop.to_dict()), own=site) as page:
+        show(page, "face.png", encoded(Image.fromarray(rgb)))
+        said = shown(page)
+        frame, stage = (page.locator(name).bounding_box() for name in ("#face", "#stage"))
+        guide = page.inner_text("#guide")
+        keep(page, f"page_margin_{margin}")
+    scale = 400 / stage["width"]
+    box = [(frame[a] - stage[a]) * scale for a in "xy"] + [frame[a] * scale for a in ("width", "height")]
+    side = 300 / (1 + 2 * margin)
+    assert box == pytest.approx([200 - side / 2, 150 - side / 2, side, side], abs=3)
+    face = Face(tuple(box), np.zeros((5, 2)), 1.0)
+    expected, without = (judge(Image.fromarray(align(rgb, face, size, one))) for one in (crop, CROPS["box"]))
+    assert said == pytest.approx(expected, abs=NEAR)
+    assert said != pytest.approx(without, abs=NEAR) or not TINY
+    assert "dashed frame holds one, forehead to chin" in guide
+
+
+def test_the_guide_says_what_the_page_cannot_do(site, with_crop_of, browser):
+    for crop, words in (
+        (None, "does not say how the model's faces were cut out"),
+        (CROPS["arcface112"].to_dict(), "turn the head upright, eyes at 47 % of its height, mouth at 83 %"),
+        (Crop("arcface112", margin=0.5).to_dict(), "eyes at 48 % of its height, mouth at 66 %"),
+    ):
+        with opened(browser, with_crop_of(crop), own=site) as page:
+            page.wait_for_selector("body.ready")
+            assert words in page.text_content("#guide")
+
+
 @pytest.mark.skipif(not PHOTO.is_file(), reason=f"needs photographs in {PHOTO.parent}")
 def test_real_photographs_have_the_expressions_of_python(site, browser, judge):
     faces = sorted((PHOTO.parents[1] / "faces/images").glob("*.jpg"))[:12]
@@ -298,18 +410,18 @@ def test_real_photographs_have_the_expressions_of_python(site, browser, judge):
     assert max(apart) < 0.02
 
 
-def test_a_camera_has_the_expressions_of_python_and_a_table(site, chromium, judge, two, tmp_path):
-    frames = []
-    for image in two:
-        frames.append(Image.new("RGB", (640, 480)))
-        frames[-1].paste(image, (160, 80))
-    started = chromium(write_camera(tmp_path / "camera.mjpeg", frames))
+def test_a_camera_has_the_expressions_of_python_and_a_table(site, source, chromium, judge, camera):
+    path, shots = camera
+    started = chromium(path)
     with opened(started, site) as page:
         page.wait_for_selector("body.ready")
         page.click("#camera")
         page.wait_for_selector("#history:visible")
-        page.wait_for_timeout(5000)
-        keep(page, "page_camera")
+        wait(page, "document.querySelector('#video').currentTime > 8")
+        assert page.evaluate("(({videoWidth, videoHeight}) => [videoWidth, videoHeight])(video)") == [
+            *shots[0].size
+        ]
+        keep(page, f"page_camera_{source}")
         with page.expect_download() as download:
             page.click("#save")
         header, *rows = list(csv.reader(Path(download.value.path()).read_text().splitlines()))
@@ -317,30 +429,37 @@ def test_a_camera_has_the_expressions_of_python_and_a_table(site, chromium, judg
         assert page.locator("#history").is_hidden()
         assert page.evaluate("document.querySelector('#video').srcObject") is None
     started.close()
-    expected = [judge(middle(frame, 0.6)) for frame in frames]
+    expected = [judge(middle(shot, 0.6)) for shot in shots]
     assert header == ["seconds", "expression", *expected[0]]
     seconds = [float(row[0]) for row in rows]
     assert len(rows) > 10
     assert (np.diff(seconds) > 0).all()
-    assert {row[1] for row in rows} == {best(said) for said in expected}
-    for row in rows:
-        found = dict(zip(header[2:], map(float, row[2:]), strict=True))
-        assert any(found == pytest.approx(said, abs=NEAR) for said in expected)
+    agree([(row[1], dict(zip(header[2:], map(float, row[2:]), strict=True))) for row in rows], expected)
+
+
+LATE = """() => {
+  const draw = CanvasRenderingContext2D.prototype.drawImage;
+  let missing = 2;
+  CanvasRenderingContext2D.prototype.drawImage = function (source, ...rest) {
+    if (source !== window.video || missing-- <= 0) draw.call(this, source, ...rest);
+  };
+}"""
 
 
 def test_a_video_is_judged_while_it_plays(site, browser, judge, two, tmp_path):
     frames = [image.resize((240, 240)) for image in two for _ in range(20)]
-    path = write_video(tmp_path / "video.mp4", frames, rate=10, layout="yuv420p")
+    path = write_video(tmp_path / "video.mp4", frames, rate=5, layout="yuv420p")
     with opened(browser, site) as page:
+        page.evaluate(LATE)  # as on a busy machine, where a video has begun and shows nothing yet
         show(page, "video.mp4", path.read_bytes(), "video/mp4")
-        page.wait_for_function("document.querySelector('#video').ended")
+        wait(page, "document.querySelector('#video').ended")
         keep(page, "page_video")
         with page.expect_download() as download:
             page.click("#save")
         _, *rows = list(csv.reader(Path(download.value.path()).read_text().splitlines()))
-    firm = [row for row in rows if abs(float(row[0]) - 2) > 0.2]
-    assert {row[1] for row in firm if float(row[0]) < 2} == {best(judge(two[0]))}
-    assert {row[1] for row in firm if float(row[0]) > 2} == {best(judge(two[1]))}
+    firm = [row for row in rows if abs(float(row[0]) - 4) > 0.4]
+    assert {row[1] for row in firm if float(row[0]) < 4} == {best(judge(two[0]))}
+    assert {row[1] for row in firm if float(row[0]) > 4} == {best(judge(two[1]))}
 
 
 SEND = """async (address) => {
@@ -387,20 +506,18 @@ def test_what_is_no_picture_is_told_as_text(site, browser):
         assert page.inner_text("#message") == f"{name} is no picture that this browser can read"
         assert page.locator("#message img").count() == 0
         page.set_input_files("#file", {"name": "x.mp4", "mimeType": "video/mp4", "buffer": b"no video"})
-        page.wait_for_function(
-            "document.querySelector('#message').textContent.includes('cannot read the video')"
-        )
+        page.get_by_text("cannot read the video").wait_for()
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("folder", "message"),
     [
         ("./none", "The model cannot be loaded"),
         ("https://example.org/model", "must be a folder of this site"),
     ],
 )
-def test_a_model_that_is_not_there_is_told(model, message, site, browser):
-    with opened(browser, f"{site}?model={model}", own=site) as page:
+def test_a_model_that_is_not_there_is_told(folder, message, site, browser):
+    with opened(browser, f"{site}?model={folder}", own=site) as page:
         page.wait_for_selector("#message.wrong")
         assert message in page.inner_text("#message")
         assert page.locator("#camera").is_disabled()
@@ -410,12 +527,12 @@ def test_a_model_that_is_not_there_is_told(model, message, site, browser):
 
 
 @pytest.fixture(scope="module")
-def space(model):
-    """Return the Space's address; it finds faces with YuNet where that is there, else bright squares."""
+def space(source, model):
+    """Return the Space's address and what finds its faces: bright squares, or YuNet."""
     gradio = pytest.importorskip("gradio", reason="gradio is not installed: make test-browser")
     import app
 
-    detector = Detector if YUNET.is_file() and os.environ.get("FER_TEST_MODEL") else Squares
+    detector = Detector if source == "filmed" else Squares
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "Detector", detector)
         patch.setattr(recognition, "Detector", detector)
@@ -450,16 +567,16 @@ def image_of(kind, tmp_path):
     return PHOTO
 
 
-def test_the_space_judges_a_photograph(space, browser, model, tmp_path):
+def test_the_space_judges_a_photograph(space, source, browser, model, tmp_path):
     address, kind = space
     path = image_of(kind, tmp_path)
     with opened(browser, address) as page:
-        assert page.get_by_text("<b>tiny</b>").is_visible()
+        page.get_by_text("<b>tiny</b>").wait_for()
         panel = tab(page, "Photograph")
         panel.locator("input[type=file]").set_input_files(path)
         found = table_of(panel, tmp_path)
         panel.get_by_text(f"{len(found)} faces.").wait_for()
-        keep(page, "space_photograph")
+        keep(page, f"space_photograph_{source}")
     net, own = model
     rgb = np.asarray(open_image(path.read_bytes()))
     faces = kind(YUNET).detect(rgb)
@@ -470,7 +587,7 @@ def test_the_space_judges_a_photograph(space, browser, model, tmp_path):
         assert row.probabilities == pytest.approx(recognizer.judge(recognizer.cut(rgb, face)), abs=EXACT)
 
 
-def test_the_space_judges_a_video(space, browser, model, tmp_path):
+def test_the_space_judges_a_video(space, source, browser, model, tmp_path):
     address, kind = space
     path = PHOTO.parent / "single_face.mp4"
     if kind is Squares:
@@ -481,49 +598,34 @@ def test_the_space_judges_a_video(space, browser, model, tmp_path):
         found = table_of(panel, tmp_path)
         panel.get_by_text("frames show a face").wait_for()
         assert panel.locator("video").count() == 2
-        keep(page, "space_video")
-    expected = predict_video(*model, read_frames(path, lambda what, reason: None), kind(YUNET))
+        keep(page, f"space_video_{source}")
+    expected = list(predict_video(*model, read_frames(path, lambda what, reason: None), kind(YUNET)))
     assert len(found) == len(expected)
     for row, other in zip(found, expected, strict=True):
         assert (row.frame, row.face, row.expression) == (other.frame, other.face, other.expression)
         assert row.probabilities == pytest.approx(other.probabilities, abs=EXACT)
 
 
-def test_the_space_follows_a_camera(space, chromium, model, judge, two, tmp_path):
+def test_the_space_follows_a_camera(space, source, chromium, model, camera, tmp_path):
     address, kind = space
-    frames = []
-    for image in two:
-        frames.append(Image.new("RGB", (640, 480)))
-        frames[-1].paste(image.resize((240, 240)), (40, 100))
-    if kind is Squares:
-        camera = write_camera(tmp_path / "camera.mjpeg", frames)
-    else:
-        shot = [
-            Image.fromarray(rgb) for _, _, rgb in read_frames(PHOTO.parent / "single_face.mp4", pytest.fail)
-        ]
-        camera = write_camera(
-            tmp_path / "camera.mjpeg", [shot[5].resize((640, 360)), shot[40].resize((640, 360))]
-        )
-    started = chromium(camera)
+    path, shots = camera
+    started = chromium(path)
     with opened(started, address) as page:
         panel = tab(page, "Camera")
         panel.get_by_text("Click to Access Webcam").click()
         panel.get_by_label("capture photo").click()
-        page.wait_for_timeout(6000)
+        page.wait_for_timeout(8000)
         panel.get_by_role("button", name="Timeline and table").click()
         found = table_of(panel, tmp_path)
-        keep(page, "space_camera")
+        keep(page, f"space_camera_{source}")
     started.close()
+    recognizer, detector = recognition.Recognizer("", *model, YUNET), kind(YUNET)
+    expected = []
+    for rgb in map(np.asarray, shots):
+        face = recognizer.find(rgb, detector)[0]
+        expected.append(recognizer.judge(recognizer.cut(rgb, face)))
     assert len(found) > 5
-    assert {row.face for row in found} == {0}
-    if kind is Squares:
-        assert {row.expression for row in found} == {best(judge(image)) for image in two}
-    else:
-        net, own = model
-        recognizer = recognition.Recognizer("", net, own, YUNET)
-        arrays = [np.asarray(image.resize((640, 360))) for image in (shot[5], shot[40])]
-        crops = [recognizer.cut(rgb, kind(YUNET).detect(rgb)[0]) for rgb in arrays]
-        assert {row.expression for row in found} == {best(recognizer.judge(crop)) for crop in crops}
+    agree([(row.expression, row.probabilities) for row in found], expected, JERKY)
 
 
 def test_the_space_tells_what_it_cannot_use_as_text(space, browser, tmp_path, monkeypatch):

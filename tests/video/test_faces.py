@@ -287,19 +287,36 @@ def test_what_is_no_rgb_image_is_refused(image, detector_of):
         detector_of({}).detect(image)
 
 
-@pytest.mark.parametrize(
+impossible = pytest.mark.parametrize(
     ("face", "crop"),
     [
         (at(np.full((5, 2), 4.0)), CROPS["arcface112"]),
         (at(ARCFACE, (3, 3, 0, 0)), CROPS["box"]),
         (at(ARCFACE, (3, 3, 1e6, 1e6)), CROPS["box"]),
         (at(ARCFACE, (3, 3, math.nan, 2)), CROPS["box"]),
+        (at(ARCFACE, (math.inf, 3, 2, 2)), CROPS["box"]),
         (at(ARCFACE * 1e6), CROPS["arcface112"]),
+        (at(ARCFACE * math.nan), CROPS["arcface112"]),
+        (at(ARCFACE * 10, (3, 3, math.nan, 2)), CROPS["arcface112"]),
+        (at(ARCFACE * 10, (3, 3, 2, 0)), CROPS["arcface112"]),
     ],
 )
+
+
+@impossible
 def test_a_face_of_no_possible_size_is_refused(face, crop):
     with pytest.raises(ValueError, match=r"no extent|no face's"):
         align(noise(20, 20), face, 16, crop)
+
+
+@impossible
+def test_what_has_no_possible_size_is_found_as_no_face(face, crop):
+    image, real = noise(20, 20), at(ARCFACE * 10 + 5, (5, 5, 10, 10))
+    shade = int(image[0, 0, 0])
+    (alone,) = crops([Image.fromarray(image)], Scripted({shade: [face]}), 16, crop)
+    assert (alone.face, alone.pixels, alone.reason) == (None, None, NO_FACE)
+    (other,) = crops([Image.fromarray(image)], Scripted({shade: [face, real]}), 16, crop)
+    assert (other.face, other.reason) == (real, None)
 
 
 # --- Detection ---

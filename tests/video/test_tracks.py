@@ -1,5 +1,6 @@
 """Tracks hold every face once and cannot be joined further; the face to go by stays one person's."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_fer.video.faces import Face, iou
-from modeling_fer.video.tracks import Tracker, follow
+from modeling_fer.video.tracks import Tracker
 
 
 def at(x, y, w, h):
@@ -18,6 +19,26 @@ def at(x, y, w, h):
 places, sides = st.integers(0, 30), st.integers(1, 20)
 boxes = st.builds(at, places, places, sides, sides)
 videos = st.lists(st.lists(boxes, max_size=4), max_size=12)
+
+
+@dataclasses.dataclass
+class Track:
+    """One face through a video: the places of the frames that show it, and the faces there."""
+
+    frames: list[int]
+    faces: list[Face]
+
+
+def follow(frames, overlap=0.3, patience=15):
+    """All tracks of a video, in the order of their numbers."""
+    tracker, found = Tracker(overlap, patience), {}
+    for frame, faces in enumerate(frames):
+        for number, face in zip(tracker.step(faces), faces, strict=True):
+            track = found.setdefault(number, Track([], []))
+            track.frames.append(frame)
+            track.faces.append(face)
+    assert list(found) == list(range(len(found)))
+    return list(found.values())
 
 
 @given(boxes, boxes)
@@ -132,4 +153,4 @@ def test_what_is_remembered_does_not_grow():
 )
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        follow([], **options)
+        Tracker(**options)
