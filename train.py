@@ -108,6 +108,26 @@ def set_up(arguments: FerTrainingArguments) -> tuple[Accelerator, Path | None]:
     return accelerator, checkpoint
 
 
+def publish(arguments: FerTrainingArguments) -> str:
+    """Write the card of a run's model and push both; returns what was pushed.
+
+    Raises:
+        ValueError: it failed, for whatever reason; the message says what to run again.
+    """
+    run, name, base = Path(arguments.output_dir), arguments.hub_model_id, arguments.hub_base_model
+    try:
+        write_card(run, name)
+        return summary(push(run / "model", name, base_model=base or None))
+    except Exception as error:
+        again = f"fer card {run} --repo {name} && fer push {run / 'model'} {name}"
+        raise ValueError(
+            f"the run is done, and its model is in {run / 'model'}, but not on the Hub: "
+            f"{' '.join(str(error).split())}. When that is mended, run {again}"
+            f"{f' --base-model {base}' if base else ''}, or train.py as now with --resume auto; there "
+            "--hub_model_id and --hub_base_model may be others"
+        ) from error
+
+
 # --- The run ---
 
 
@@ -255,10 +275,10 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         plots.save(plots.learning_curve_figure(history.rows), run / "learning_curve.png")
         print(f"best on validation, at step {state['best_step']}: {shown(state['best_metrics'])}")
         print(f"model: {run / 'model'}")
-        if arguments.push_to_hub:
-            write_card(run, arguments.hub_model_id)
-            base = arguments.hub_base_model or None
-            print(summary(push(run / "model", arguments.hub_model_id, base_model=base)))
+    if stage.report and (run / "model").exists() and (is_new or not (run / "metrics.json").exists()):
+        stage.report(run)  # the best model of a run resumed elsewhere may lie there
+    if is_main and arguments.push_to_hub:
+        print(publish(arguments))
     return state
 
 

@@ -1,6 +1,7 @@
 """`fer export` on faces of every kind: it prints what `export` found, and nothing is left of failures."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,9 +40,13 @@ def test_a_stock_model_with_its_agreement_on_given_faces(checkpoint, crops, tmp_
     out = tmp_path / "vit"
     command = ["export", str(checkpoint), "--format", "vit", "--out", str(out)]
     assert main([*command, "--check", str(crops)]) == 0
-    agreement, written = capsys.readouterr().out.splitlines()
+    compared, agreement, card, written = capsys.readouterr().out.splitlines()
+    assert compared == f"compared on 5 of the 5 faces of {crops}"
     assert agreement.startswith("model.safetensors: largest probability difference ")
     assert agreement.endswith("same class 100.0%, over 5 examples")
+    assert (
+        card == f"no card: {checkpoint} has none; write one with `fer card {checkpoint}`, then export again"
+    )
     assert written == f"written: {out}"
     assert type(AutoModelForImageClassification.from_pretrained(out)).__name__ == "ViTForImageClassification"
     assert main(command) == 2
@@ -52,30 +57,34 @@ def test_format_int8_and_faces_reach_the_export(checkpoint, tmp_path, monkeypatc
     asked = []
 
     def export(model, processor, faces, *rest):
+        Path(out).mkdir()
+        (Path(out) / "README.md").write_text("a card")
         asked.append((type(model).__name__, len(faces), *rest))
         return [Agreement("a.onnx", 3, 1e-3, 1e-5, 1.0), Agreement("b.onnx", 3, 2e-3, 2e-5, 0.5)]
 
     monkeypatch.setattr(exporting, "export", export)
     out = str(tmp_path / "out")
-    assert main(["export", str(checkpoint), "--format", "onnx", "--int8", "--out", out]) == 0
-    assert asked == [("FerForImageClassification", DRAWN, out, "onnx", True)]
+    assert main(["export", str(checkpoint), "--format", "onnx", "vit", "--int8", "--out", out]) == 0
+    assert asked == [("FerForImageClassification", DRAWN, out, ["onnx", "vit"], True, str(checkpoint))]
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in shown] == ["a.onnx", "b.onnx", "written"]
-    assert "same class 50.0%" in shown[1]
+    assert shown[0] == f"compared on {DRAWN} drawn faces; real ones: --check FACES"
+    assert [line.split(":")[0] for line in shown[1:]] == ["a.onnx", "b.onnx", "card", "written"]
+    assert "same class 50.0%" in shown[2]
+    assert shown[3] == f"card: {out}/README.md"
 
 
 def test_drawn_faces_are_of_every_class_and_of_the_models_size():
-    faces = faces_to_compare(None, SIZE)
+    faces, _ = faces_to_compare(None, SIZE)
     assert (faces.shape, faces.dtype) == ((DRAWN, 3, SIZE, SIZE), np.uint8)
     assert len({face.tobytes() for face in faces}) == DRAWN
-    assert faces_to_compare(None, 8).shape == (DRAWN, 3, 8, 8)  # smaller than a face can be drawn
+    assert faces_to_compare(None, 8)[0].shape == (DRAWN, 3, 8, 8)  # smaller than a face can be drawn
 
 
 def test_a_prepared_data_set_gives_its_validation_faces(prepared):
     rows = schema.load(prepared)["validation"]
-    np.testing.assert_array_equal(
-        faces_to_compare([str(prepared)], SIZE), decode_split(rows, SIZE, show_progress=False)
-    )
+    faces, told = faces_to_compare([str(prepared)], SIZE)
+    np.testing.assert_array_equal(faces, decode_split(rows, SIZE, show_progress=False))
+    assert told == f"16 of the 16 faces of {prepared}, validation"
 
 
 @pytest.mark.parametrize("count", [1, 5, MOST, MOST + 1, 2 * MOST, 28_709])
@@ -88,7 +97,9 @@ def test_of_many_faces_some_are_taken_from_all_over(count):
 
 def test_files_and_folders_may_be_mixed(crops):
     given = [str(crops / "deep"), str(crops / "0.png"), str(crops / "1.png")]
-    assert faces_to_compare(given, SIZE).shape == (3, 3, SIZE, SIZE)
+    faces, told = faces_to_compare(given, SIZE)
+    assert faces.shape == (3, 3, SIZE, SIZE)
+    assert told == f"3 of the 3 faces of {', '.join(given)}"
 
 
 @pytest.mark.parametrize(

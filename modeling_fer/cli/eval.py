@@ -14,7 +14,6 @@ from modeling_fer.data import schema
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.pixels import decode_split
 from modeling_fer.data.tally import digest
-from modeling_fer.data.videos import recording
 from modeling_fer.evaluation import plots
 from modeling_fer.evaluation.comparison import compare, write_comparison
 from modeling_fer.evaluation.report import summary, write_report
@@ -25,6 +24,7 @@ from modeling_fer.learning.inference import (
     over_all_classes,
     predict_probabilities,
 )
+from modeling_fer.learning.stage import resampling_groups
 from modeling_fer.learning.timelines import predict_split, tracks_of
 
 TIMELINES = 4  # videos that are drawn
@@ -77,22 +77,6 @@ def evaluate(args: argparse.Namespace) -> int:
     draw_timelines(split, probabilities, f"{args.data}, {args.split}", Path(args.out))
     print(f"written: {args.out}")
     return 0
-
-
-def resampling_groups(split: Dataset) -> tuple[np.ndarray | None, str]:
-    """Ids of what the intervals resample, a row each, and its name: videos, else subjects, else images.
-
-    A column counts where every labelled row has an id and the ids are two at least.
-    """
-    labelled = np.flatnonzero(np.asarray(split.with_format("numpy")["expression"][:]) != IGNORE)
-    for column in ("video", "subject"):
-        ids = split[column][:]
-        if column == "video":  # two people's tracks of one recording are resampled together
-            ids = [None if video is None else recording(video) for video in ids]
-        found = {ids[row] for row in labelled}
-        if None not in found and len(found) > 1:
-            return np.asarray(ids, dtype=object), f"{column}s"
-    return None, "images"
 
 
 def read_groups(path: Path, split: Dataset) -> dict[str, np.ndarray]:

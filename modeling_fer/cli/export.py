@@ -21,8 +21,15 @@ MOST = 1000  # of those that are given
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The grammar."""
-    parser.add_argument("model", help="model folder (RUN/model)")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="stock ViT, or ONNX graphs")
+    parser.add_argument("model", help="model folder (RUN/model); where it has a card, the export has one")
+    parser.add_argument(
+        "--format",
+        required=True,
+        nargs="+",
+        choices=FORMATS,
+        help="stock ViT, ONNX graphs, or both in one folder. Of videos, the temporal graph is for windows of "
+        "the model's num_frames: time and memory grow with the square of the frames, 1.6 GB at 10,000",
+    )
     parser.add_argument("--int8", action="store_true", help="onnx, stills: also a graph with int8 weights")
     parser.add_argument("--out", required=True, help="folder to write; it must not be there yet")
     parser.add_argument(
@@ -37,15 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def export_model(args: argparse.Namespace) -> int:
     """Export a model, and print how far it agrees with torch."""
     model, processor = load_model(args.model)
-    faces = faces_to_compare(args.check, processor.size["height"])
-    for agreement in export(model, processor, faces, args.out, args.format, args.int8):
-        print(agreement)
+    faces, told = faces_to_compare(args.check, processor.size["height"])
+    agreements = export(model, processor, faces, args.out, args.format, args.int8, args.model)
+    print(f"compared on {told}", *agreements, sep="\n")
+    if (Path(args.out) / "README.md").exists():
+        print(f"card: {args.out}/README.md")
+    else:
+        print(f"no card: {args.model} has none; write one with `fer card {args.model}`, then export again")
     print(f"written: {args.out}")
     return 0
 
 
-def faces_to_compare(given: Sequence[str] | None, size: int) -> np.ndarray:
+def faces_to_compare(given: Sequence[str] | None, size: int) -> tuple[np.ndarray, str]:
     """Faces uint8 `(N, 3, size, size)`: of image files or a prepared data set, or drawn where none are given.
+
+    Also says in words which they are.
 
     A data set's are those of validation, else of test, else of its first split; of more than `MOST` it is
     every second, or every third, ...
@@ -57,13 +70,17 @@ def faces_to_compare(given: Sequence[str] | None, size: int) -> np.ndarray:
     if given is None:
         counts: dict[str, Any] = {"train": DRAWN, "validation": 0, "test": 0, "unlabeled": 0}
         drawn = SyntheticOptions(image_size=max(size, SMALLEST), subjects=DRAWN, imbalance=1, **counts)
-        return np.stack([decode(example.image, size) for example in examples(drawn)])
+        found = np.stack([decode(example.image, size) for example in examples(drawn)])
+        return found, f"{len(found)} drawn faces; real ones: --check FACES"
     if len(given) == 1 and any(Path(given[0]).glob("data/*.parquet")):
         splits = schema.load(given[0])
         split = next(name for name in ("validation", "test", *splits) if name in splits)
-        return decode_split(splits[split].select(some_of(len(splits[split]))), size, show_progress=False)
+        count = len(splits[split])
+        found = decode_split(splits[split].select(some_of(count)), size, show_progress=False)
+        return found, f"{len(found)} of the {count} faces of {given[0]}, {split}"
     paths = list(find_files(given))
-    return np.stack([read_face(paths[place], size) for place in some_of(len(paths))])
+    found = np.stack([read_face(paths[place], size) for place in some_of(len(paths))])
+    return found, f"{len(found)} of the {len(paths)} faces of {', '.join(given)}"
 
 
 def some_of(count: int) -> range:

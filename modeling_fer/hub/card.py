@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import pipeline
 
 from modeling_fer.evaluation.metrics import write_whole
-from modeling_fer.hub.facts import RESEARCH, Facts, read_facts, run_of, title_of
+from modeling_fer.hub.facts import EXAMPLE, RESEARCH, Facts, public, read_facts, run_of, title_of
 from modeling_fer.labels import CLASSES
 
 TEMPLATES = jinja2.Environment(
@@ -28,10 +28,9 @@ TEMPLATES = jinja2.Environment(
 TEMPLATES.filters["number"] = lambda value: f"{value:.3f}"
 TEMPLATES.filters["cell"] = lambda value: str(value).replace("|", "/").replace("\n", " ")
 # Of a run folder, and of its main evaluation: what goes beside the card.
-KEPT = ("arguments.json", "environment.json", "learning_curve.png")
+KEPT = ("arguments.json", "calibration.json", "environment.json", "learning_curve.png")
 KEPT_OF_EVALUATION = ("metrics.json", "confusion_matrix.png", "reliability.png")
 PRIVATE = ("data", "output_dir", "cache_dir", "encoder", "stream", "resume", "tracker")  # paths and habits
-EXAMPLE = "example_"
 
 # Key in metrics.json -> the Hub's name of the metric, and ours.
 SCORES = {
@@ -137,9 +136,10 @@ def write_card(
 ) -> Path:
     """Write README.md into a model's folder, in place of an older one, and beside it what it shows.
 
-    That is: `card_facts.json`, the arguments, environment, metrics and pictures of the run, and the examples,
+    That is: `card_facts.json`, the run's arguments, environment, metrics, pictures, the like, and examples,
     so that the folder can be published as it is and has the same card anywhere, by `make_card(read_facts())`.
-    Pictures of an earlier evaluation go; nothing else in it is changed.
+    Of paths in them only the ends are kept (`public`). Pictures of an earlier evaluation go; nothing else in
+    it is changed.
 
     Args:
         folder, evaluations: as in `read_facts`.
@@ -164,7 +164,7 @@ def write_card(
         (facts.model / outdated).unlink(missing_ok=True)
     for path, kept in copies.items():
         if path.absolute() != facts.model / kept:
-            write_whole(facts.model / kept, path.read_bytes())
+            write_whole(facts.model / kept, public(path))
     facts.save()
     write_whole(facts.model / "README.md", str(card).encode())
     return facts.model / "README.md"

@@ -7,13 +7,19 @@
 | `onnx`, videos | `onnx/features.onnx`: pixel_values to features; `onnx/temporal.onnx`: on to frame logits |
 
 ONNX folders have the file names that transformers.js looks for, and a `config.json` with the class names: of
-the encoder for stills, of the whole model for videos. Logits are the model's, before post-processing.
+the encoder for stills, of the whole model for videos; beside a stock model, that one's. Logits are the
+model's, before post-processing.
+
+The graph `temporal.onnx` is for windows of the length that the model learnt from (`num_frames`): of a
+transformer, time and memory grow with the square of the frames, heads x frames^2 x 4 bytes at once (with 4
+heads 16 MB at 1,000 frames, 1.6 GB at 10,000), where torch's grow with the frames. Cut longer videos into
+windows that overlap.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageClassification
@@ -28,12 +35,75 @@ from transformers import AutoModelForImageClassification
 from modeling_fer import FerForImageClassification, FerForVideoClassification
 from modeling_fer.hub import export_onnx
 from modeling_fer.hub.export_vit import plain_model, stock_vit
+from modeling_fer.hub.facts import FACTS, read_json
 
 FORMATS = ("vit", "onnx")
 STOCK_LOGITS = 1e-4  # largest difference of logits between a stock model and ours
 ONNX_PROBABILITIES = 1e-4  # largest difference of probabilities between a graph and torch
 INT8_LABELS = 0.98  # least share of examples that int8 weights must leave in their class
 BATCH = 64
+
+CARD = """---
+{metadata}
+---
+
+# {name}: {formats}
+
+The model of {origin} in other formats, for programs that do not run its own code. It was not trained further.
+Compared with it before this was written:
+
+{agreements}
+
+## Limits
+
+It names the expression that annotators perceived, not what a person felt. Training data, scores, the crop
+of the face that it expects and all further limits are those of {origin}: read its card first. In the European
+Union, the AI Act (Regulation (EU) 2024/1689, Art. 5(1)(f)) prohibits inferring emotions at work and in
+education, except for medical or safety reasons.
+
+Licence of the weights: {licence}.
+
+## How to use
+{snippets}"""
+SNIPPETS = {
+    "vit": """
+```python
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="path/of/this/folder")
+for found in classify("face.png"):  # the crop of one face
+    print(f"{found['label']}: {found['score']:.4f}")
+```
+""",
+    "stills": """
+```js
+import { pipeline } from "@huggingface/transformers";
+
+const classify = await pipeline("image-classification", "org/name", { dtype: "fp32" });
+console.log(await classify("face.png")); // the crop of one face
+```
+""",
+    "videos": """
+With `pixels` of the frames `(frames, 3, height, width)` from the image processor, and `seconds`, their times;
+windows as long as `num_frames` in `config.json`, for memory grows with the square of the frames:
+
+```python
+import numpy as np
+import onnxruntime
+
+first, second = (
+    onnxruntime.InferenceSession(f"path/of/this/folder/onnx/{part}.onnx") for part in ("features", "temporal")
+)
+[features] = first.run(None, {"pixel_values": pixels})
+inputs = {
+    "frame_features": features[None],
+    "frame_mask": np.ones((1, len(features)), dtype=bool),
+    "frame_times": np.asarray(seconds, dtype=np.float64)[None],
+}
+[logits] = second.run(None, inputs)  # (1, frames, classes), before post-processing
+```
+""",
+}
 
 
 @dataclass(frozen=True)
@@ -74,17 +144,24 @@ def softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def export(
-    model: nn.Module, processor: Any, faces: np.ndarray, out: str | Path, format: str, int8: bool = False
+    model: nn.Module,
+    processor: Any,
+    faces: np.ndarray,
+    out: str | Path,
+    formats: str | Sequence[str],
+    int8: bool = False,
+    source: str | Path | None = None,
 ) -> list[Agreement]:
-    """Write a model in another format into a new folder, once it agrees with torch on faces.
+    """Write a model in one other format or more into a new folder, once it agrees with torch on faces.
 
     Args:
         model: a `FerForImageClassification`, for `onnx` a `FerForVideoClassification` too; LoRA is merged.
         processor: its image processor, which travels with it.
         faces: `(N, 3, H, W)` uint8 face crops to compare on; a model of videos takes them as frames.
         out: folder to write.
-        format: one of `FORMATS`.
+        formats: of `FORMATS`, in any order.
         int8: also write the stills' ONNX graph with int8 weights.
+        source: the model's folder; where it has a card, the export has a short one that refers to it.
 
     Returns:
         What was compared, a row each.
@@ -94,8 +171,9 @@ def export(
         ValueError: unknown format, no faces, a model that the format cannot hold, something not installed, or
             a difference above what is allowed. `out` is not made then.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    formats = [formats] if isinstance(formats, str) else formats
+    if unknown := [repr(name) for name in formats if name not in FORMATS] or ["none"] * (not formats):
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {', '.join(unknown)}")
     if faces.ndim != 4 or faces.shape[1] != 3 or faces.dtype != np.uint8 or not len(faces):
         raise ValueError(
             f"faces to compare on must be uint8 (N, 3, H, W), N at least 1; got {faces.dtype} {faces.shape}"
@@ -104,16 +182,22 @@ def export(
     if not isinstance(plain, FerForImageClassification | FerForVideoClassification):
         raise ValueError(f"expected a model of stills or of videos, got {type(plain).__name__}")
     is_video = isinstance(plain, FerForVideoClassification)
-    if int8 and (format != "onnx" or is_video):
+    if int8 and ("onnx" not in formats or is_video):
         raise ValueError("int8 weights are for models of stills in format onnx: leave out --int8")
-    if format == "onnx":
+    if "onnx" in formats:
         export_onnx.require_onnx()
     with fresh_folder(Path(out)) as folder, torch.no_grad():
         pixels = pixels_of(processor, faces)
         processor.save_pretrained(folder)
-        if format == "vit":
-            return write_stock(plain, pixels, folder)
-        return write_video(plain, pixels, folder) if is_video else write_stills(plain, pixels, folder, int8)
+        agreements = write_stock(plain, pixels, folder) if "vit" in formats else []
+        if "onnx" in formats:
+            agreements += (
+                write_video(plain, pixels, folder) if is_video else write_stills(plain, pixels, folder, int8)
+            )
+        if source is not None and (Path(source) / "README.md").is_file():
+            card = export_card(Path(source), agreements, int8)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    return agreements
 
 
 @contextmanager
@@ -237,8 +321,39 @@ def hold(agreement: Agreement, good: bool, allowed: str) -> None:
 
 
 def write_about(folder: Path, config: dict[str, Any]) -> None:
-    """Write the configuration, without what names code or another folder."""
-    kept = {
-        k: v for k, v in config.items() if k not in ("auto_map", "architectures", "_name_or_path", "dtype")
-    }
+    """Write the configuration, without what names code or another folder; a stock model's stays."""
+    if (folder / "config.json").exists():
+        return
+    unwanted = ("auto_map", "custom_pipelines", "architectures", "_name_or_path", "dtype")
+    kept = {key: value for key, value in config.items() if key not in unwanted}
     (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def export_card(source: Path, agreements: Sequence[Agreement], int8: bool) -> str:
+    """The card of an export: terms and task of its model's card, what is in the folder, how to use it."""
+    known = ModelCard.load(source / "README.md").data
+    facts = read_json(source / FACTS) or {}
+    base = facts.get("repo_id")
+    page = base and f"https://huggingface.co/{base}"
+    files = " ".join(one.file for one in agreements)
+    kinds = {"vit": "model.safetensors", "stills": "onnx/model.onnx", "videos": "onnx/temporal.onnx"}
+    held = [kind for kind, file in kinds.items() if file in files]
+    metadata = ModelCardData(
+        license=known.license,
+        license_name=known.get("license_name"),
+        license_link=page if known.get("license_link") == "README.md" else known.get("license_link"),
+        library_name={"vit": "transformers", "stills": "transformers.js", "videos": "onnx"}[held[0]],
+        pipeline_tag=known.get("pipeline_tag"),
+        tags=["facial-expression-recognition", *(["onnx"] if "onnx/" in files else [])],
+        base_model=base,
+        base_model_relation=("quantized" if int8 else "finetune") if base else None,
+    )
+    return CARD.format(
+        metadata=metadata.to_yaml(),
+        name=facts.get("name") or source.absolute().name,
+        formats=" and ".join("stock ViT" if kind == "vit" else "ONNX" for kind in held),
+        origin=f"[{base}]({page})" if base else "the folder that it was exported from",
+        agreements="\n".join(f"- {one}" for one in agreements),
+        licence=known.get("license_name") or known.license or "unknown",
+        snippets="".join(SNIPPETS[kind] for kind in held),
+    )

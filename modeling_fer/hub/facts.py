@@ -17,12 +17,15 @@ from modeling_fer.evaluation.metrics import write_whole
 from modeling_fer.evaluation.report import stored_postprocess, weights_digest
 
 FACTS = "card_facts.json"
+EXAMPLE = "example_"  # how names of files for the Hub's widget begin
 TASKS = {
     "FerForImageClassification": "image-classification",
     "FerForVideoClassification": "video-classification",
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CROSSED = ("folds", "mean", "spread", "pooled")  # what a card tells of a cross-validation
+# Where the records of a run and of its evaluations name files and folders.
+PLACES = ("data", "output_dir", "cache_dir", "encoder", "stream", "resume", "model")
 # Of weights that learnt from a source, by its name in the report.json of a prepared folder; else unknown.
 OURS, RESEARCH, UNKNOWN = "apache-2.0", "research-only", "unknown"
 LICENCES = {"synthetic": OURS, "fer2013": RESEARCH, "aff_wild2": RESEARCH}
@@ -147,7 +150,30 @@ def reach(told: str, start: Path) -> Path | None:
 
 def hub_id(told: str, output_dir: str) -> str | None:
     """What is named `org/name`, if that is not the beginning of the run's own folder; ask `reach` first."""
-    return told if HUB_ID.fullmatch(told) and Path(told).parts[0] != Path(output_dir).parts[0] else None
+    return told if HUB_ID.fullmatch(told) and Path(told).parts[:1] != Path(output_dir).parts[:1] else None
+
+
+def public(path: Path) -> bytes:
+    """A file of a run as others may see it: where its JSON names a place on this machine, the end alone.
+
+    Of data and of output folders that is the name; of a model, a stream or a checkpoint `.../folder/name`,
+    which is no name on the Hub.
+    """
+    record = read_json(path) if path.suffix == ".json" else None
+    if not isinstance(record, dict):
+        return path.read_bytes()
+    home = record.get("output_dir", "")
+    told = {key: record[key] for key in PLACES if isinstance(record.get(key), str)}
+    for key, value in told.items():
+        if key in ("output_dir", "cache_dir"):
+            record[key] = Path(value).name
+        elif key == "data":
+            record[key] = re.sub(r"[^,=]*/", "", re.sub(r"/+(,|$)", r"\1", value))
+        elif "/" in value and (
+            key == "model" or reach(value, start_of(path.parent, home)) or not hub_id(value, home)
+        ):
+            record[key] = "/".join(("...", *value.strip("/").split("/")[-2:]))
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
 def read_history(home: Path) -> list[dict[str, Any]]:
@@ -221,7 +247,9 @@ def read_run(model: Path) -> tuple[dict[str, Any], Path]:
         told["cross_validation"] = {key: crossed[key] for key in CROSSED}
 
     first, one, arguments = Path(), model, told["arguments"]
-    while arguments:  # this model's run, then those of the encoders that it came from
+    seen: set[Path] = set()
+    while arguments and one not in seen:  # this model's run, then those of the encoders that it came from
+        seen.add(one)
         start = start_of(run_of(one), arguments["output_dir"])
         first = start if one == model else first
         told["data"] += read_data(arguments, start, by_encoder=one != model)
@@ -234,8 +262,11 @@ def read_run(model: Path) -> tuple[dict[str, Any], Path]:
             return told, first
         one = Path(os.path.abspath(folder))
         told["origin"] = "/".join(one.parts[-2:])
+        if run_of(one) is None and (stored := read_json(one / FACTS)):  # away from its run: as its card says
+            told["data"] += [DataSet(**{**data, "by_encoder": True}) for data in stored["data"]]
+            told["stages"] += stored["stages"]
+            return {**told, "origin": stored["origin"], "base_model": stored["base_model"]}, first
         arguments = read_json((run_of(one) or one) / "arguments.json")
-    return told, first
     return told, first
 
 
@@ -259,21 +290,18 @@ def check_metrics(metrics: dict[str, Any], path: Path, model: Path, digest: str 
     """Raise unless an evaluation says its data, and is of the weights that lie in a model's folder now."""
     if not {"data", "split"} <= metrics.keys():
         raise ValueError(f"{path} does not say of which data it is: write it with `fer eval`")
+    remedy = (
+        f"write one with `fer eval --model {model} --out OUT` and name it with --eval OUT, or delete this one"
+    )
     if digest is None or metrics.get("weights") != digest:
         of = (
             "is of other weights than"
             if "weights" in metrics
             else "does not say that it is of the weights in"
         )
-        raise ValueError(
-            f"{path} {of} {model}: write one with `fer eval --model {model} --out OUT` and name it with "
-            "--eval OUT, or delete this one"
-        )
+        raise ValueError(f"{path} {of} {model}: {remedy}")
     if metrics.get("postprocess") != stored_postprocess(model):
-        raise ValueError(
-            f"{path} is of other post-processing than {model}/config.json has: write one with "
-            f"`fer eval --model {model} --out OUT`"
-        )
+        raise ValueError(f"{path} is of other post-processing than {model}/config.json has: {remedy}")
 
 
 def read_evaluations(
@@ -292,6 +320,9 @@ def read_evaluations(
             raise FileNotFoundError(f"{folder} has no metrics.json: pass what `fer eval --out` wrote")
         told = metrics.get("model", "")
         is_named = told and any((base / told).resolve() == model.resolve() for base in (start, Path()))
+        now = (digest, stored_postprocess(model))
+        if "chose" in metrics and not asked and (metrics.get("weights"), metrics.get("postprocess")) != now:
+            continue  # training wrote it unasked, and the model was changed since
         if asked or is_named or (digest and metrics.get("weights") == digest):
             check_metrics(metrics, folder / "metrics.json", model, digest)
             found.append((folder, metrics))

@@ -12,30 +12,31 @@ from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
+    HFValidationError,
     HTTPError,  # of whichever library the client speaks HTTP with
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils import validate_repo_id
 
+from modeling_fer.hub.facts import public
 from modeling_fer.hub.release import (
     ADAPTER,
+    CARD,
+    RECORDS,
     adapter_base,
     adapter_files,
     check_model,
     endpoint_files,
+    is_outdated,
     released_files,
 )
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Left on the Hub from an earlier push, these would be loaded with or in place of what is pushed now.
-OUTDATED = re.compile(
-    r"[^/]+\.safetensors(\.index\.json)?|[^/]+_fer\.py|handler\.py|adapter_config\.json|adapter/.+"
-)
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Seconds between attempts. Within each, the client itself tries uploads six times.
 PAUSES = (1.0, 4.0)
 LONGEST_WAIT = 600  # seconds that a server may ask for
@@ -163,6 +164,15 @@ def patiently(attempt: Callable[[], T], api: HfApi, repo_id: str, again: str) ->
             time.sleep(max(pause, wait))
 
 
+def is_repo_id(name: str) -> bool:
+    """Whether a name is `org/name` as the Hub takes it."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
 def find_base(api: HfApi, base: str) -> None:
     """Look for the adapter's base on the Hub.
 
@@ -214,8 +224,9 @@ def commit(
     revision: str | None,
     private: bool,
     again: str,
+    kept: tuple[str, ...] = (),
 ) -> Pushed:
-    """Upload files in one commit, which also deletes what an earlier push left of `OUTDATED`.
+    """Upload files in one commit, which also deletes what an earlier push left there, but for what is kept.
 
     Each attempt looks at the repository anew: what is there already is not uploaded again, and a commit whose
     answer was lost is found.
@@ -227,7 +238,7 @@ def commit(
         info = open_repository(api, repo_id, revision, private)
         heads.append(info.sha)
         there = [sibling.rfilename for sibling in info.siblings or []]
-        outdated = [name for name in there if name not in files and OUTDATED.fullmatch(name)]
+        outdated = [name for name in there if name not in {*files, *kept} and is_outdated(name)]
         deleted.update(outdated)
         # Not `upload_folder`: with hf_xet it makes several commits of one folder.
         done = api.create_commit(
@@ -254,8 +265,11 @@ def push(
     adapter_repo: str | None = None,
     base_model: str | None = None,
     adapter: bool = True,
+    card: bool = True,
 ) -> Pushed:
     """Push a model folder to the Hub, in one commit; pushing it again goes on where it failed.
+
+    What an earlier push wrote there and this one does not, is deleted; all else there stays.
 
     Args:
         folder: as training saves it (`RUN/model`), or an export of it: configuration, weights, image
@@ -268,26 +282,38 @@ def push(
         adapter_repo: repository for the LoRA adapter in `folder/adapter`; None: a folder of `repo_id`.
         base_model: Hub id of what the adapter was trained on; None: as it was recorded.
         adapter: False leaves the adapter out.
+        card: False leaves the card (README.md) out; one that is on the Hub stays there as it is.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is no whole model, or the adapter's base is not on the Hub.
+        FileNotFoundError, ValueError: the folder is no whole model, has no card, or the adapter's base is not
+            on the Hub.
         PushError: the Hub refused, or could not be reached; nothing local is changed in any case.
     """
     folder = Path(folder)
     for name in (repo_id, adapter_repo):
-        if name is not None and not REPO_ID.fullmatch(name):
+        if name is not None and not is_repo_id(name):
             raise ValueError(f"{name!r} is no name of a repository on the Hub: pass org/name")
     if adapter_repo == repo_id:
         raise ValueError(f"the adapter cannot lie beside merged weights: not both in {repo_id}")
     flags = {"--revision": revision, "--adapter-repo": adapter_repo, "--base-model": base_model}
     words = ["fer", "push", str(folder), repo_id, *(["--private"] if private else [])]
     words += [word for flag, value in flags.items() if value for word in (flag, value)]
-    again = shlex.join(words if adapter else [*words, "--no-adapter"])
+    words += [*([] if adapter else ["--no-adapter"]), *([] if card else ["--no-card"])]
+    again = shlex.join(words)
 
     check_model(folder)
-    api = HfApi(token=token)
     released = released_files(folder)
-    files: dict[str, Path | bytes] = {**endpoint_files(folder), **released}
+    if not card:
+        released.pop(CARD, None)
+    elif CARD not in released:
+        raise FileNotFoundError(
+            f"{folder} has no card ({CARD}), without which nobody knows what it is for and what may be done "
+            f"with it: run `fer card {folder}` (for an export: that of its model, and export again), or pass "
+            "--no-card"
+        )
+    api = HfApi(token=token)
+    records = {name: public(released[name]) for name in RECORDS if name in released}
+    files: dict[str, Path | bytes] = {**endpoint_files(folder), **released, **records}
     own: dict[str, Path | bytes] = {}
     if adapter and (folder / ADAPTER).is_dir():
         base = adapter_base(folder, released, base_model)
@@ -299,7 +325,7 @@ def push(
         )
     if not adapter_repo:
         files |= {f"{ADAPTER}/{name}": content for name, content in own.items()}
-    pushed = commit(api, repo_id, files, revision, private, again)
+    pushed = commit(api, repo_id, files, revision, private, again, () if card else (CARD,))
     if not adapter_repo:
         return pushed
     second = commit(api, adapter_repo, own, revision, private, again)

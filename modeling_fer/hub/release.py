@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,27 @@ from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_fer
-from modeling_fer.hub import handler
+from modeling_fer.hub import export_onnx, handler
+from modeling_fer.hub.facts import EXAMPLE, FACTS
 
+RECORDS = ("arguments.json", "calibration.json", "environment.json", "metrics.json")
+# What a run keeps beside its model. A picture of one's own is an example: `example_NAME.png`.
+RUN_FILES = (
+    *RECORDS, "confusion_matrix.png", "learning_curve.png", "reliability.png", "reconstructions.png",
+    "timeline_*.png",
+)  # fmt: skip
 # What of a model folder goes to the Hub. Nothing else does: no checkpoint, log, cache or hidden file.
 MODEL_FILES = (
     "README.md", "LICENSE", "config.json", "model.safetensors", "preprocessor_config.json", "*_fer.py",
-    "handler.py", "requirements.txt", "metrics.json", "arguments.json", "environment.json",
-    "*.png", "*.jpg", "onnx/*.onnx",
+    "handler.py", "requirements.txt", "onnx/*.onnx", FACTS, *RUN_FILES, f"{EXAMPLE}*",
 )  # fmt: skip
-# What an Inference Endpoint needs beside a model whose code travels with it; it knows stock models.
-REQUIREMENTS = b"transformers>=5.17\npillow>=11\nav>=14.2\n"
-# What a run keeps beside its model.
-RUN_FILES = ("arguments.json", "environment.json", "metrics.json", "*.png")
+CARD = "README.md"
+# What an Inference Endpoint needs beside a model whose code travels with it; it knows stock models. Older
+# transformers would need torchvision, too.
+REQUIREMENTS = b"transformers>=5.23\npillow>=11\nav>=14.2\n"
 ADAPTER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+WEIGHTS, PROCESSOR = "model.safetensors", "preprocessor_config.json"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 
 ADAPTER_CARD = """---
@@ -63,11 +71,21 @@ def listed(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
 def released_files(folder: Path) -> dict[str, Path]:
     """Files that a push of a model folder uploads, by their path in the repository; not the adapter's.
 
-    The folder `model` of a run brings the run's arguments, metrics and pictures, where it has none itself.
+    The folder `model` of a run brings the run's records and pictures, where it has none itself; once `fer
+    card` was there, it has all that the card is made of. Records go up as `facts.public` makes them.
     """
     run = folder.absolute().parent
     is_of_run = folder.absolute().name == "model" and (run / "arguments.json").is_file()
+    is_of_run = is_of_run and not (folder / FACTS).is_file()
     return {**(listed(run, RUN_FILES) if is_of_run else {}), **listed(folder, MODEL_FILES)}
+
+
+def is_outdated(name: str) -> bool:
+    """Whether a push may have written a file of a repository, or it would be loaded with what is pushed."""
+    patterns = (*MODEL_FILES, "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+    return name.startswith(f"{ADAPTER}/") or any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
+    )
 
 
 def endpoint_files(folder: Path) -> dict[str, Path | bytes]:
@@ -78,16 +96,24 @@ def endpoint_files(folder: Path) -> dict[str, Path | bytes]:
 
 
 def check_model(folder: Path) -> None:
-    """Load a model folder as its users will.
+    """Load a model folder as its users will: weights, ONNX graphs, or both.
 
     Raises:
-        FileNotFoundError: no configuration or no weights.
+        FileNotFoundError: no configuration, no weights or no image processor.
         ValueError: a pickle, an adapter's configuration beside merged weights, weights that are missing,
-            damaged or of another model, or shipped code that is not whole.
+            damaged or of another model, a damaged graph, or shipped code that is not whole.
     """
-    for name in ("config.json", "model.safetensors"):
+    graphs = sorted(folder.glob("onnx/*.onnx"))
+    for name in ("config.json", *([] if graphs else [WEIGHTS])):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: pass the model folder of a run (RUN/model)")
+            raise FileNotFoundError(
+                f"{folder} has no {name}: pass the model folder of a run (RUN/model), or an export of it"
+            )
+    if not (folder / PROCESSOR).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {PROCESSOR}, so that nobody knows how to prepare images: write it there with "
+            "save_pretrained of the image processor"
+        )
     if pickles := sorted(p for p in folder.rglob("*") if p.suffix in PICKLES):
         raise ValueError(f"{pickles[0]} may run code when it is loaded: delete it, weights are safetensors")
     if (folder / "adapter_config.json").exists():
@@ -97,6 +123,10 @@ def check_model(folder: Path) -> None:
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        for graph in graphs if export_onnx.importable("onnxruntime") else ():
+            export_onnx.check_graph(graph)
+        if not (folder / WEIGHTS).is_file():
+            return
         architecture = (config.architectures or ["none"])[0]
         model_class: Any = getattr(modeling_fer, architecture, None) or getattr(
             transformers, architecture, None

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from modeling_fer.configuration_fer import CROP_POINTS
@@ -103,8 +105,8 @@ class FerTrainingArguments:
     debias_momentum: float = option(0.99, "of that marginal, and of --align")
     align: str = option(
         "none",
-        "pull the distribution of pseudo-labels to: uniform, labelled (as predicted on labelled faces; for "
-        "unlabelled faces of another domain) or none",
+        "pull the distribution of pseudo-labels to: uniform, labelled (as predicted on labelled faces, which "
+        "--sampling_alpha 0 draws as they come; for unlabelled faces of another domain) or none",
     )
     gate: str = option(
         "none", "leave out unlabelled faces unlike the labelled by: energy, probability or none"
@@ -139,7 +141,10 @@ class FerTrainingArguments:
     epochs: float = option(10, "passes over the labelled data, where max_steps is 0")
     max_steps: int = option(0, "optimizer steps; 0: given by epochs")
     batch_size: int = option(64, "examples of one optimizer step over all processes and accumulation steps")
-    accumulation_steps: int = option(1, "forward-backward passes of one optimizer step")
+    accumulation_steps: int = option(
+        1,
+        "forward-backward passes of one optimizer step; with fixmatch, marginal and thresholds move in each",
+    )
     sampling_alpha: float = option(1.0, "1: labelled classes drawn uniformly, 0: naturally")
     learning_rate: float = option(5e-4, "highest learning rate")
     warmup: float = option(
@@ -199,48 +204,18 @@ class FerTrainingArguments:
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing: pass it, or set it in the --config file")
         for name in (
-            "batch_size",
-            "accumulation_steps",
-            "eval_steps",
-            "eval_batch_size",
-            "save_steps",
-            "log_steps",
-            "keep_checkpoints",
-            "patch_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "decoder_hidden_size",
-            "decoder_layers",
-            "mu",
-            "stream_memory",
-            "temporal_hidden_size",
-            "temporal_layers",
-            "temporal_heads",
-            "temporal_window",
-            "num_frames",
-        ):
+            "batch_size", "accumulation_steps", "eval_steps", "eval_batch_size", "save_steps", "log_steps",
+            "keep_checkpoints", "patch_size", "hidden_size", "num_layers", "num_heads", "decoder_hidden_size",
+            "decoder_layers", "mu", "stream_memory", "temporal_hidden_size", "temporal_layers",
+            "temporal_heads", "temporal_window", "num_frames",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         for name in (
-            "image_size",
-            "lora_rank",
-            "lora_alpha",
-            "seed",
-            "threads",
-            "weight_decay",
-            "max_grad_norm",
-            "lambda_u",
-            "debias_tau",
-            "feedback_weight",
-            "student_lambda_x",
-            "round_steps",
-            "speed_jitter",
-            "feature_noise",
-            "folds",
-            "fold",
-            "lora_layers",
-        ):
+            "image_size", "lora_rank", "lora_alpha", "seed", "threads", "weight_decay", "max_grad_norm",
+            "lambda_u", "debias_tau", "feedback_weight", "student_lambda_x", "round_steps", "speed_jitter",
+            "feature_noise", "folds", "fold", "lora_layers",
+        ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
         if not self.learning_rate > 0:
@@ -290,6 +265,10 @@ class FerTrainingArguments:
             raise ValueError(f"{names}: for unlabelled faces only; add --method fixmatch or feedback")
         if self.holdout and self.sampler_bound == 1:
             raise ValueError(f"--holdout {self.holdout} is for the sampler's feedback: add --sampler_bound 3")
+        if self.method == "feedback" and self.teacher_ema:
+            raise ValueError(
+                f"--teacher_ema {self.teacher_ema} is for fixmatch: the teacher of feedback is trained"
+            )
         if self.method == "feedback" and self.accumulation_steps > 1:
             raise ValueError(
                 "--method feedback compares the student before and after a whole batch: "
@@ -328,10 +307,32 @@ class FerTrainingArguments:
                     f"--lora_rank {self.lora_rank} adapts a pretrained encoder: pass --encoder, "
                     "or train a new one whole with --lora_rank 0"
                 )
-        if self.push_to_hub and not self.hub_model_id:
-            raise ValueError("--push_to_hub needs --hub_model_id org/name")
+        if self.push_to_hub:
+            self.check_push()
         if self.augmentation == "none" and self.erasing:
             raise ValueError(f"--erasing {self.erasing} needs --augmentation weak, got none")
+
+    def check_push(self) -> None:
+        """Raise what would fail once all is trained: names that the Hub does not take, no card, no base."""
+        is_folder = Path(self.encoder).exists() or len(Path(self.encoder).parts) > 2
+        if self.stage == "pretrain":
+            raise ValueError(
+                "--stage pretrain makes an encoder, which has no card: leave out --push_to_hub, and push it "
+                f"with `fer push {self.output_dir}/model org/name --no-card`"
+            )
+        if self.lora_rank and is_folder and not self.hub_base_model:
+            raise ValueError(
+                f"--encoder {self.encoder} is a folder, which nobody else has: push it, then name it with "
+                "--hub_base_model org/name as the base of the adapter"
+            )
+        for name in ("hub_model_id", *(["hub_base_model"] if self.hub_base_model else [])):
+            value = getattr(self, name)
+            try:
+                validate_repo_id(value)
+                if "/" not in value:
+                    raise HFValidationError("no organisation or user before it")
+            except HFValidationError as error:
+                raise ValueError(f"--push_to_hub needs --{name} org/name, got {value!r}: {error}") from error
 
     def save(self, path: Path) -> None:
         """Write all fields as JSON."""

@@ -28,7 +28,7 @@ from modeling_fer.learning.adapters import add_lora, merge_lora, save_adapter
 from modeling_fer.learning.arguments import FerTrainingArguments
 from modeling_fer.learning.inference import class_names, over_all_classes, predict_probabilities
 from modeling_fer.learning.methods import count_recall, hold_out, step_maker
-from modeling_fer.learning.stage import Stage
+from modeling_fer.learning.stage import Stage, report_validation
 
 SHORTEST_ROUND = 50  # steps between feedback to the sampler, where passes over the labelled faces are shorter
 
@@ -247,11 +247,15 @@ def image_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
         recall = count_recall(predict, np.array(pixels[held_out]), dataset.labels[held_out], len(classes))
     make_step = step_maker(arguments, accelerator, trained, processor, len(classes), memory, recall)
 
+    def judge(model: nn.Module) -> np.ndarray:
+        return over_all_classes(predict(model, validation_pixels), class_names(model))
+
     def evaluate(model: nn.Module) -> dict[str, Any]:
-        found = over_all_classes(predict(model, validation_pixels), class_names(model))
+        found = judge(model)
         metrics = compute_metrics(validation_labels, found.argmax(-1), found, bootstrap_samples=0)
         keys = ("macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy", "ece", "nll")
         return {key: metrics[key] for key in keys}
 
     save = partial(save_model, processor)
-    return Stage(trained, Pool(dataset, order), make_step, evaluate, "macro_f1", save, feed)
+    report = partial(report_validation, collection, validation, judge, accelerator)
+    return Stage(trained, Pool(dataset, order), make_step, evaluate, "macro_f1", save, feed, report)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from scipy.special import softmax
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,20 +20,19 @@ from modeling_fer.data.collection import Collection
 from modeling_fer.data.feed import Pool
 from modeling_fer.data.pixels import decode_split
 from modeling_fer.data.sampling import DebiasFeedbackSampler
-from modeling_fer.data.videos import recording
 from modeling_fer.data.windows import Track, WindowDataset
 from modeling_fer.evaluation.metrics import compute_metrics
 from modeling_fer.evaluation.tuning import folds_by_group
-from modeling_fer.labels import IGNORE
+from modeling_fer.labels import CLASSES, IGNORE
 from modeling_fer.learning.adapters import add_lora, merge_lora
 from modeling_fer.learning.arguments import FerTrainingArguments
 from modeling_fer.learning.features import EncodedFrames, frame_features, model_digest
 from modeling_fer.learning.image import choose_classes, crop_to_state, freeze_unused, save_model
-from modeling_fer.learning.inference import load_model, over_all_classes
+from modeling_fer.learning.inference import load_model
 from modeling_fer.learning.losses import FrameLoss
-from modeling_fer.learning.stage import Stage
+from modeling_fer.learning.stage import Stage, report_validation
 from modeling_fer.learning.step import Batch, Logs, PlainStep, Step
-from modeling_fer.learning.timelines import predict_tracks, tracks_of
+from modeling_fer.learning.timelines import postprocess, predict_tracks, tracks_of
 
 # Fields that may change when the training of a video model goes on.
 TRAINING_OPTIONS = ("temporal_dropout", "classifier_dropout", "num_frames")
@@ -136,8 +134,8 @@ class VideoStep(PlainStep):
 
 
 def split_fold(found: Sequence[Track], folds: int, fold: int, seed: int) -> tuple[list[Track], list[Track]]:
-    """Tracks outside and inside one of `folds` parts; tracks of one recording stay together."""
-    groups = [recording(track.video) for track in found]
+    """Tracks outside and inside one of `folds` parts; those of a recording or a person stay together."""
+    groups = [track.group for track in found]
     part = folds_by_group(groups, [track.labels for track in found], folds, seed)
     inside = part == fold
     return [t for t, i in zip(found, inside, strict=True) if not i], [
@@ -275,22 +273,32 @@ def video_stage(arguments: FerTrainingArguments, accelerator: Accelerator) -> St
             partial(accelerator.reduce, reduction="mean"),
         )
 
-    references = np.concatenate([track.labels for track in judged])
+    references = np.full(len(judged_rows), IGNORE)
+    for track in judged:
+        references[track.rows] = track.labels
     if not (references != IGNORE).any():
         raise ValueError(f"{arguments.data}: no frame of the videos to judge by has a label")
 
-    def evaluate(model: nn.Module) -> dict[str, Any]:
+    def judge(model: nn.Module) -> np.ndarray:
         values: Any = judged_values
         features = values
         if arguments.lora_rank:
             model = merge_lora(copy.deepcopy(model)).eval().to(device)
             encoder: Any = model.fer
             features = EncodedFrames(encoder, values, normalize, batch_size)
-        logits = predict_tracks(model, features, judged, accelerator)
-        found = over_all_classes(softmax(np.concatenate(logits), axis=-1), classes)
+        found = np.zeros((len(judged_rows), len(CLASSES)), np.float32)
+        for track, logits in zip(judged, predict_tracks(model, features, judged, accelerator), strict=True):
+            found[track.rows] = postprocess(model, logits, track.frames)
+        return found
+
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        found = judge(model)
         metrics = compute_metrics(references, found.argmax(-1), found, bootstrap_samples=0)
         keys = ("macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy", "ece", "nll")
         return {key: metrics[key] for key in keys}
 
     save = partial(save_model, processor)
-    return Stage(trained, Pool(dataset, order), make_step, evaluate, "macro_f1", save)
+    report = (
+        None if arguments.folds else partial(report_validation, collection, judged_rows, judge, accelerator)
+    )
+    return Stage(trained, Pool(dataset, order), make_step, evaluate, "macro_f1", save, report=report)

@@ -4,6 +4,7 @@ The largest differences are printed: `pytest -s tests/hub/test_at_home.py`.
 """
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -20,9 +21,11 @@ from test_loading import WITHOUT_THE_PACKAGE
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from modeling_fer import FerForImageClassification, FerForVideoClassification
+from modeling_fer.cli import main
 from modeling_fer.data.drawing.acting import act
 from modeling_fer.data.drawing.face import Face, Identity, View
 from modeling_fer.data.drawing.render import render
+from modeling_fer.hub.card import write_card
 from modeling_fer.hub.export import export
 from modeling_fer.hub.push import push
 from modeling_fer.learning.inference import load_classifier
@@ -165,7 +168,7 @@ def hub(tmp_path_factory):
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(work / "base")
     with hub_server(work) as hub, pytest.MonkeyPatch.context() as patch:
         with taken_for_the_hub(hub, patch):
-            push(work / "base", "org/base")
+            push(work / "base", "org/base", card=False)
         hub.work = work
         yield hub
 
@@ -205,10 +208,11 @@ def test_what_training_pushed_says_the_same_everywhere(hub, trained, capsys, mon
     with torch.no_grad():
         expected = model(processor(faces, return_tensors="pt")["pixel_values"]).logits
     pixels = np.stack([np.asarray(face.resize((32, 32))).transpose(2, 0, 1) for face in faces])
-    export(model, processor, pixels, hub.work / "vit", "vit")
+    export(model, processor, pixels, hub.work / "vit", "vit", source=trained)
     with taken_for_the_hub(hub, monkeypatch):
         push(hub.work / "vit", "org/fer-vit")
     assert not [name for name in hub.files("org/fer-vit") if name.endswith(".py")]
+    assert b"base_model: org/fer\n" in hub.files("org/fer-vit")["README.md"]
 
     found = in_a_clean_process(BEGIN + WITH_THE_PACKAGE, hub, hub.work)
     found |= in_a_clean_process(WITHOUT_THE_PACKAGE + BEGIN + REMOTE_CODE, hub, hub.work)
@@ -230,11 +234,28 @@ def test_what_training_pushed_says_the_same_everywhere(hub, trained, capsys, mon
         print("", *lines, sep="\n")  # noqa: T201
 
 
+def assert_judged_as_by_fer_eval(run, data, out):
+    """What a run says of its model on validation is what an evaluation says, but for rounding."""
+    told = json.loads((run / "metrics.json").read_text())
+    assert told.pop("chose") == "the training step"
+    assert main(["eval", "--model", str(run / "model"), "--data", str(data), "--out", str(out)]) == 0
+    found = json.loads((out / "metrics.json").read_text())
+    rounded = {key: pytest.approx(found[key], abs=1e-5) for key in ("ece", "nll")}
+    assert told == {**found, **rounded}
+
+
+def test_what_training_says_of_its_model_is_what_an_evaluation_says(trained, prepared, hub):
+    assert_judged_as_by_fer_eval(trained.parent, prepared, hub.work / "eval-stills")
+    assert (trained.parent / "confusion_matrix.png").is_file()
+
+
 def test_the_adapter_of_a_video_model_on_its_base(hub, trained, videos, monkeypatch):  # noqa: F811
     """Its base is the image model on the Hub; encoder, norm, temporal head and classifier come from it."""
     out = hub.work / "video"
     options = {**TINY, "lora_rank": 2, "max_steps": 6, "temporal_head": "convolution", "image_size": 0}
     run_here(command(videos, out, encoder=trained, **options)[2:])
+    assert_judged_as_by_fer_eval(out, videos, hub.work / "eval")
+    write_card(out, "org/fer-video")
     with taken_for_the_hub(hub, monkeypatch):
         with pytest.raises(ValueError, match=r"is the folder .*nobody else has.*--base-model org/name"):
             push(out / "model", "org/fer-video")
@@ -281,10 +302,15 @@ def test_a_push_that_fails_after_training_loses_nothing_and_a_resume_completes_i
     [told] = [line for line in refused.stderr.splitlines() if "could not push" in line]
     assert "may not write to elsewhere/late (403)" in told
     assert "Nothing local is lost; a push is one commit" in told
-    assert told.endswith(f"then run again: fer push {out / 'model'} elsewhere/late")
+    assert f"then run again: fer push {out / 'model'} elsewhere/late" in told
+    assert f"the run is done, and its model is in {out / 'model'}" in told
+    assert f"fer card {out} --repo elsewhere/late && fer push" in told
+    by_hand = (out / "metrics.json").read_text().replace('"validation"', '"test"')
+    (out / "metrics.json").write_text(by_hand)
     weights = (out / "model/model.safetensors").read_bytes()
     resumed = train_and_push_to("org/late")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert (out / "model/model.safetensors").read_bytes() == weights
     assert hub.files("org/late")["model.safetensors"] == weights
     assert len(hub.commits("org/late")) == 2
+    assert (out / "metrics.json").read_text() == by_hand, "nothing was learnt anew: it is left as it is"

@@ -446,6 +446,30 @@ def test_the_encoders_before_are_told_from_their_runs(project, checkpoint):
     assert card.data.base_model is None
 
 
+@pytest.mark.parametrize("encoders", [("runs/one/model",), ("runs/two/model", "runs/one/model")])
+def test_runs_that_start_from_each_other_are_told_once(encoders, project, checkpoint):
+    for name, encoder in zip(("one", "two"), encoders, strict=False):
+        save_run(project, checkpoint, name, encoder=encoder)
+    facts = read_facts(project / "runs/one")
+    assert len(facts.stages) == len(facts.data) == len(encoders)
+    assert (facts.origin, facts.licence) == ("one/model", UNKNOWN)
+
+
+def test_an_encoder_away_from_its_run_is_told_by_its_own_facts(project, checkpoint, tmp_path):
+    report(project / "data/web", "fer2013")
+    first = save_run(project, checkpoint, "first", data="data/web", encoder="google/vit-base")
+    second = save_run(project, checkpoint, "second", encoder="runs/first/model")
+    here = make_card(read_facts(second))
+    write_card(first)
+    shutil.copytree(first / "model", project / "released")
+    shutil.move(project / "data/web", project / "gone")
+    home = save_run(project, checkpoint, "third", encoder=str(project / "released"))
+    facts = read_facts(home)
+    assert (facts.base_model, facts.origin) == ("google/vit-base", "google/vit-base")
+    for title in ("## Training data", "## Environment, time and energy"):
+        assert section(make_card(facts).text, title) == section(here.text, title)
+
+
 @pytest.mark.parametrize(
     ("encoder", "base_model", "words"),
     [
@@ -475,9 +499,9 @@ def test_a_stream_from_the_hub_is_named(project, checkpoint):
 
 
 def test_the_folder_can_be_published_as_it_is(project, checkpoint):
-    home = save_run(project, checkpoint)
+    home = save_run(project, checkpoint, data=str(project / "data/faces"), cache_dir=str(project / "scratch"))
     rng = np.random.default_rng(0)
-    about = {"model": str(home / "model"), "data": "data/faces", "split": "test"}
+    about = {"model": str(home / "model"), "data": str(project / "data/faces"), "split": "test"}
     write_report(home / "eval", rng.integers(0, 8, 40), rng.dirichlet(np.ones(8), 40), about=about)
     before = {path.name: path.read_bytes() for path in (home / "model").iterdir()}
     card = write_card(home, "org/fer")
@@ -489,9 +513,21 @@ def test_the_folder_can_be_published_as_it_is(project, checkpoint):
     after = {path.name: path.read_bytes() for path in (home / "model").iterdir()}
     assert after.keys() - before.keys() == added
     assert {name: after[name] for name in before} == before
-    for name in added - {"README.md", FACTS, "learning_curve.png", "arguments.json"}:
+    for name in added - {"README.md", FACTS, "learning_curve.png", "arguments.json", "metrics.json"}:
         assert after[name] == (home / "eval" / name).read_bytes()
-    assert str(project) not in text  # where it was made concerns nobody
+    told = {name: json.loads((folder / name).read_text()) for folder, name in (
+        (home, "arguments.json"), (home / "eval", "metrics.json")
+    )}  # fmt: skip
+    assert json.loads(after["arguments.json"]) == {
+        **told["arguments.json"], "data": "faces", "output_dir": "best", "cache_dir": "scratch"
+    }  # fmt: skip
+    assert json.loads(after["metrics.json"]) == {
+        **told["metrics.json"],
+        "model": ".../best/model",
+        "data": "faces",
+    }
+    for name, content in after.items():
+        assert str(project).encode() not in content, f"{name}: where it was made concerns nobody"
     assert write_card(home / "model", "org/fer").read_text() == text  # again, and by its other name
 
 
@@ -554,7 +590,7 @@ def test_an_evaluation_of_other_weights_is_refused(project, checkpoint, make_mod
     assert len(read_facts(home).evaluations) == 1
     config = json.loads((home / "model/config.json").read_text())
     write_json(home / "model/config.json", {**config, "postprocess": {"smoothing": "box"}})
-    with pytest.raises(ValueError, match=r"test/metrics\.json is of other post-processing than .*fer eval"):
+    with pytest.raises(ValueError, match=rf"test/metrics\.json is of other post-processing than .*{remedy}"):
         read_facts(home)
     del metrics["weights"]
     write_json(home / "test/metrics.json", metrics)
@@ -585,6 +621,21 @@ def test_a_new_evaluation_takes_the_place_of_the_old(project, checkpoint):
     assert weights_digest(released) in text
     assert tables(section(text, "## Evaluation")) == expected_tables(metrics)
     assert str(make_card(read_facts(released))) == text
+
+
+def test_a_report_that_training_wrote_says_that_the_split_chose_the_step(project, checkpoint):
+    """Also where its data sets are several, so that their name is no name of theirs."""
+    home = save_run(project, checkpoint, data="data/faces,data/faces")
+    evaluate(home, "validation", data="faces and faces", chose="the training step")
+    text = section(make_card(read_facts(home)).text, "## Evaluation")
+    assert "### The validation split of faces and faces\n" in text
+    assert "The training step was chosen on" in text
+    config = json.loads((home / "model/config.json").read_text())
+    write_json(home / "model/config.json", {**config, "postprocess": {"smoothing": "box"}})
+    text = make_card(read_facts(home)).text  # as `cross_validate.py --model` leaves it: nobody asked for that
+    assert "Not evaluated" in section(text, "## Evaluation")
+    with pytest.raises(ValueError, match="is of other post-processing"):
+        read_facts(home, [home / "validation"])
 
 
 def test_a_picture_that_is_not_there_is_not_shown(project, checkpoint):

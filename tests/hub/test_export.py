@@ -1,24 +1,31 @@
 """Exports say what torch says: the stock ViT without our code, ONNX graphs at sizes of every kind."""
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
+from cards import report, save_run
 from conftest import COMMON, ENCODERS, SIZE, picture
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loading import WITHOUT_THE_PACKAGE, run
 from test_temporal import video_model
-from transformers import Dinov2Config, ViTConfig, ViTImageProcessor
+from transformers import AutoModelForImageClassification, Dinov2Config, ViTConfig, ViTImageProcessor
 
 from modeling_fer import FerConfig, FerForImageClassification
 from modeling_fer.hub import export as exporting
 from modeling_fer.hub import export_onnx
+from modeling_fer.hub.card import write_card
 from modeling_fer.hub.export import Agreement, export
 from modeling_fer.hub.export_vit import stock_vit
+from modeling_fer.hub.facts import FACTS
+from modeling_fer.hub.release import check_model, endpoint_files, released_files
 from modeling_fer.learning.adapters import add_lora
+from modeling_fer.learning.inference import load_classifier
 from modeling_fer.temporal_fer import TEMPORAL_HEADS
 
 PRESENT = {0: "Neutral", 1: "Happiness", 2: "Surprise"}  # of a set that lacks the others
@@ -212,9 +219,11 @@ def test_an_export_that_differs_is_not_kept(tmp_path, monkeypatch, fault):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "tflite"}, "format must be one of vit, onnx, got 'tflite'"),
+        ({"formats": "tflite"}, "format must be one of vit, onnx, got 'tflite'"),
+        ({"formats": ["vit", "tflite"]}, "format must be one of vit, onnx, got 'tflite'"),
+        ({"formats": []}, "format must be one of vit, onnx, got none"),
         ({"int8": True}, "int8 weights are for models of stills in format onnx"),
-        ({"model": video_model, "format": "onnx", "int8": True}, "int8 weights are for models of stills"),
+        ({"model": video_model, "formats": "onnx", "int8": True}, "int8 weights are for models of stills"),
         ({"faces": faces(1)[:0]}, r"N at least 1; got uint8 \(0, 3, 16, 16\)"),
         (
             {"faces": faces(2).transpose(0, 2, 3, 1)},
@@ -224,7 +233,7 @@ def test_an_export_that_differs_is_not_kept(tmp_path, monkeypatch, fault):
     ],
 )
 def test_what_cannot_be_exported(tmp_path, change, message):
-    values = {"model": still_model, "faces": faces(2), "format": "vit", "int8": False, **change}
+    values = {"model": still_model, "faces": faces(2), "formats": "vit", "int8": False, **change}
     model = values.pop("model")()
     with pytest.raises(ValueError, match=message):
         export(model, processor(), values.pop("faces"), tmp_path / "out", **values)
@@ -288,6 +297,127 @@ def test_stills_as_onnx(tmp_path):
     # Coarse weights were written: the file is not the same graph again.
     coarse = export_onnx.open_graph(out / "onnx/model_quantized.onnx", 1)
     assert (export_onnx.run_graph(coarse, pixel_values=pixels(7)) - expected).abs().max() > 1e-4
+
+
+@pytest.mark.usefixtures("onnx")
+@pytest.mark.parametrize("formats", [["vit", "onnx"], ["onnx", "vit", "onnx"]])
+def test_both_formats_in_one_folder(tmp_path, formats):
+    model, out = still_model(id2label=PRESENT), tmp_path / "out"
+    agreements = export(model, processor(), faces(), out, formats, int8=True)
+    assert [one.file for one in agreements] == [
+        "model.safetensors",
+        "onnx/model.onnx",
+        "onnx/model_quantized.onnx",
+    ]
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["ViTForImageClassification"]
+    assert config["id2label"] == {str(i): name for i, name in PRESENT.items()}
+    stock = AutoModelForImageClassification.from_pretrained(out)
+    session = export_onnx.open_graph(out / "onnx/model.onnx", 1)
+    for found in (logits(stock), export_onnx.run_graph(session, pixel_values=pixels())):
+        torch.testing.assert_close(found, logits(model), rtol=0, atol=1e-4)
+    check_model(out)
+
+
+@pytest.mark.usefixtures("onnx")
+@pytest.mark.parametrize("video", [False, True])
+def test_graphs_without_other_weights_can_be_pushed(tmp_path, video):
+    out = tmp_path / "out"
+    export(video_model("none") if video else still_model(), processor(), faces(), out, "onnx")
+    check_model(out)
+    assert endpoint_files(out) == {}
+    assert "onnx/features.onnx" if video else "onnx/model.onnx" in released_files(out)
+    graph = sorted((out / "onnx").iterdir())[-1]
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        ValueError, match=rf"does not load, so it is not pushed: .*{graph.name}.*export it ag"
+    ):
+        check_model(out)
+    (out / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        check_model(out)
+
+
+# -- the card of an export --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def carded(checkpoint, tmp_path):
+    """Return a run's model with a card, at home at org/fer, under a licence of its own."""
+    report(tmp_path / "data/faces", "fer2013")
+    home = save_run(tmp_path, checkpoint)
+    write_card(home, "org/fer")
+    return home / "model"
+
+
+def test_an_export_has_a_card_that_refers_to_that_of_its_model(carded, tmp_path):
+    model, own = load_classifier(carded)
+    (agreement,) = export(model, own, faces(), tmp_path / "out", "vit", source=carded)
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/fer", "finetune")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-classification")
+    ours = ModelCard.load(carded / "README.md").data
+    terms = [(one.license, one.license_name, one.license_link) for one in (card.data, ours)]
+    assert terms == [
+        ("other", "research-only", "https://huggingface.co/org/fer"),
+        ("other", "research-only", "README.md"),
+    ]
+    assert str(agreement) in card.text
+    for words in (
+        "[org/fer](https://huggingface.co/org/fer)",
+        "perceived, not what a person felt",
+        "Art. 5(1)(f)",
+        "Licence of the weights: research-only",
+    ):
+        assert words in card.text
+    [snippet] = re.findall(r"^```python\n(.*?)^```", card.text, re.M | re.S)
+    picture(3, 1).save(tmp_path / "face.png")
+    printed = run(WITHOUT_THE_PACKAGE + snippet.replace("path/of/this/folder", "out"), tmp_path)
+    with torch.no_grad():
+        expected = model(own(picture(3, 1), return_tensors="pt")["pixel_values"]).logits[0].softmax(-1)
+    found = {name: float(score) for name, score in re.findall(r"^(\w+): ([\d.]+)$", printed, re.M)}
+    assert found == pytest.approx(
+        {model.config.id2label[i]: expected[i].item() for i in expected.topk(5).indices.tolist()}, abs=2e-4
+    )
+
+
+@pytest.mark.usefixtures("onnx")
+def test_a_card_names_what_is_in_the_folder(carded, tmp_path):
+    model, own = load_classifier(carded)
+    agreements = export(model, own, faces(), tmp_path / "out", ["vit", "onnx"], True, carded)
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.base_model_relation == "quantized"
+    assert all(str(one) in card.text for one in agreements)
+    assert "```js" in card.text
+    facts = json.loads((carded / FACTS).read_text())
+    (carded / FACTS).write_text(json.dumps({**facts, "repo_id": None}))
+    export(model, own, faces(), tmp_path / "away", "onnx", source=carded)
+    card = ModelCard.load(tmp_path / "away/README.md")
+    assert (card.data.base_model, card.data.library_name) == (None, "transformers.js")
+    assert (card.data.license, card.data.license_link) == ("other", None)
+    assert "huggingface.co" not in card.text
+    assert "```python" not in card.text
+
+
+@pytest.mark.usefixtures("onnx")
+def test_the_card_of_a_video_models_graphs(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: mit\npipeline_tag: video-classification\n---\n# A model\n"
+    )
+    export(video_model("none"), processor(), faces(), tmp_path / "out", "onnx", source=tmp_path)
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert (card.data.license, card.data.pipeline_tag) == ("mit", "video-classification")
+    [snippet] = re.findall(r"^```python\n(.*?)^```", card.text, re.M | re.S)
+    code = snippet.replace("path/of/this/folder", str(tmp_path / "out"))
+    there = {"pixels": pixels(7).numpy(), "seconds": np.arange(7) / 30}
+    exec(code, there)
+    assert there["logits"].shape == (1, 7, 8)
+
+
+def test_without_a_card_there_is_none_to_refer_to(tmp_path, checkpoint):
+    export(*load_classifier(checkpoint), faces(), tmp_path / "out", "vit", source=checkpoint)
+    assert not (tmp_path / "out/README.md").exists()
 
 
 @pytest.mark.usefixtures("onnx")

@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from cards import evaluate, report, save_run, write_json
 from conftest import picture
 from hub_server import TOKEN, WAIT, hub_server, taken_for_the_hub
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
@@ -24,7 +25,9 @@ from hypothesis import strategies as st
 from test_loading import WITHOUT_THE_PACKAGE
 
 from modeling_fer import FerForImageClassification
+from modeling_fer.hub.card import make_card, write_card
 from modeling_fer.hub.export import export
+from modeling_fer.hub.facts import FACTS, read_facts
 from modeling_fer.hub.push import PushError, push, summary
 from modeling_fer.hub.release import check_model
 from modeling_fer.learning.adapters import add_lora
@@ -83,7 +86,7 @@ def hub(tmp_path, checkpoint, monkeypatch):
     with hub_server(tmp_path) as hub, taken_for_the_hub(hub, monkeypatch):
         hub.slept = []
         monkeypatch.setattr(time, "sleep", hub.slept.append)
-        push(checkpoint, "org/base")
+        push(checkpoint, "org/base", card=False)
         hub.requests.clear()
         yield hub
 
@@ -124,7 +127,7 @@ def test_what_a_clean_process_pushes_clean_processes_pull(run_folder, checkpoint
             import re, sys, torch
             from modeling_fer.hub.push import push
             from transformers import AutoModelForImageClassification
-            push(sys.argv[1], "org/base")
+            push(sys.argv[1], "org/base", card=False)
             pushed = push(sys.argv[2], "org/fer")
             x = torch.load("inputs.pt", weights_only=True)
             merged = AutoModelForImageClassification.from_pretrained("org/fer")
@@ -222,6 +225,107 @@ def test_of_a_changed_folder_only_the_change_goes_up(hub, model):
     assert len(hub.commits("org/fer")) == 3
 
 
+def test_a_release_pulled_from_the_hub_has_the_same_card(hub, checkpoint, tmp_path):
+    """Also where its run's files and its examples have names of every kind."""
+    home = save_run(tmp_path, checkpoint)
+    report(tmp_path / "data/faces")
+    evaluate(home, "test")
+    evaluate(home, "validation")
+    sides = {"before": {"ece": 0.1234, "nll": 2.1}, "cross_fitted": {"ece": 0.0123, "nll": 1.9}}
+    fitted = {"data": "faces", "split": "validation", "faces": 321, "temperature": 1.3456}
+    write_json(home / "calibration.json", {**fitted, **sides})
+    examples = [tmp_path / f"smile.{ending}" for ending in ("jpeg", "webp", "PNG", "jpg")]
+    for number, path in enumerate(examples):
+        picture(4, number).save(path)
+    write_card(home, "org/card", examples=examples)
+    shown = {f"example_{path.name}" for path in examples}
+    pushed = push(home / "model", "org/card")
+    assert {FACTS, "calibration.json", "metrics.json", "learning_curve.png", *shown} <= set(pushed.files)
+    pulled = snapshot_download("org/card", cache_dir=tmp_path / "cache")
+    assert str(make_card(read_facts(pulled))) == hub.files("org/card")["README.md"].decode()
+    (home / "metrics.json").write_text('{"of": "something else, later"}')
+    assert not push(home / "model", "org/card").changed, "what the card was made of goes up with it"
+    (home / "model/example_film.mp4").write_bytes(b"a film")
+    assert "example_film.mp4" in push(home / "model", "org/card").files
+
+
+def test_no_json_that_goes_up_says_where_it_was_made(hub, model, tmp_path):
+    """Of paths, their ends alone; a name on the Hub stays whole."""
+    run = model.parent
+    recorded = {
+        "data": f"labelled={tmp_path}/data/faces,unlabelled={tmp_path}/data/web",
+        "output_dir": str(run),
+        "cache_dir": str(tmp_path / "scratch"),
+        "encoder": "org/base",
+        "stream": str(tmp_path / "shards/web"),
+        "resume": str(run / "checkpoints/step_1"),
+        "learning_rate": 0.5,
+    }
+    write_json(run / "arguments.json", recorded)
+    write_json(
+        run / "metrics.json", {"model": str(model), "data": str(tmp_path / "data/faces"), "samples": 3}
+    )
+    push(model, "org/fer")
+    files = hub.files("org/fer")
+    assert not [name for name in files if str(tmp_path).encode() in files[name]]
+    assert json.loads(files["arguments.json"]) == {
+        "data": "labelled=faces,unlabelled=web",
+        "output_dir": "run",
+        "cache_dir": "scratch",
+        "encoder": "org/base",
+        "stream": ".../shards/web",
+        "resume": ".../checkpoints/step_1",
+        "learning_rate": 0.5,
+    }
+    assert json.loads(files["metrics.json"]) == {"model": ".../run/model", "data": "faces", "samples": 3}
+    assert json.loads((run / "arguments.json").read_text()) == recorded
+    write_json(run / "arguments.json", {**recorded, "encoder": str(tmp_path / "runs/first/model")})
+    push(model, "org/fer", base_model="org/base")
+    told = json.loads(hub.files("org/fer")["arguments.json"])
+    assert told["encoder"] == ".../first/model"  # and does not look like a name on the Hub
+
+
+def test_a_model_needs_a_card_or_is_pushed_without_one(hub, model):
+    (model / "README.md").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no card \(README.md\).*fer card .*--no-card"):
+        push(model, "org/fer")
+    assert hub.requests == []
+    assert "README.md" not in push(model, "org/fer", card=False).files
+    api = HfApi()
+    api.upload_file(path_or_fileobj=b"# By hand", path_in_repo="README.md", repo_id="org/fer")
+    assert not push(model, "org/fer", card=False).changed
+    assert hub.files("org/fer")["README.md"] == b"# By hand"
+    (model / "README.md").write_text(CARD)
+    push(model, "org/fer", card=False)
+    assert hub.files("org/fer")["README.md"] == b"# By hand"
+    hub.fail(1, 403, times=None)
+    with pytest.raises(PushError, match=r"then run again: fer push \S+ org/fer --no-card"):
+        push(model, "org/fer", card=False)
+
+
+def test_all_that_a_push_wrote_is_outdated_by_the_next(hub, model, unchecked):
+    """What a release of another kind left goes; what other people put there stays."""
+    (model / "onnx").mkdir()
+    for name in (
+        "LICENSE", "metrics.json", "environment.json", "calibration.json", FACTS, "confusion_matrix.png",
+        "reliability.png", "timeline_0.png", "example_smile.webp", "onnx/model.onnx", "handler.py",
+    ):  # fmt: skip
+        (model / name).write_text("{}")
+    shutil.copy(model.parent / "arguments.json", model)
+    first = push(model, "org/fer")
+    kept = {"example.png": b"by hand", "onnx/notes.txt": b"by hand", "other/config.json": b"by hand"}
+    api = HfApi()
+    for name, content in kept.items():
+        api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id="org/fer")
+    bare = model.parent.parent / "bare"
+    bare.mkdir()
+    for name in MODEL | {"README.md"}:
+        shutil.copy(model / name, bare / name)
+    second = push(bare, "org/fer")
+    assert set(second.deleted) == set(first.files) - set(second.files)
+    assert set(hub.files("org/fer")) == set(second.files) | kept.keys() | {".gitattributes"}
+
+
 def test_what_an_earlier_push_left_and_would_be_loaded_is_deleted(hub, model):
     left = {"model-00001-of-00002.safetensors": b"old", "old_fer.py": b"old", "adapter_config.json": b"{}"}
     kept = {"example.png": b"by hand", "other/model.safetensors": b"by hand"}
@@ -246,7 +350,8 @@ def test_a_handler_of_ones_own_goes_up_and_that_of_a_stock_model_goes_away(hub, 
     push(model, "org/fer")
     assert hub.files("org/fer")["handler.py"] == b"# mine\n"
     export(*load_classifier(model), np.zeros((2, 3, 16, 16), np.uint8), tmp_path / "vit", "vit")
-    assert {"handler.py", "pipeline_fer.py"} <= set(push(tmp_path / "vit", "org/fer").deleted)
+    deleted = set(push(tmp_path / "vit", "org/fer", card=False).deleted)
+    assert {"handler.py", "requirements.txt", "pipeline_fer.py", "metrics.json"} <= deleted
 
 
 def test_a_branch_is_made_and_main_is_left_alone(hub, model):
@@ -362,6 +467,7 @@ def without_code_map(model):
             r"has no config.json: pass the model folder of a run \(RUN/model",
         ),
         (lambda m: (m / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda m: (m / "preprocessor_config.json").unlink(), "no preprocessor_config.json.*save_pretrained"),
         (lambda m: (m / "config.json").write_text("{"), "does not load, so it is not pushed"),
         (lambda m: cut(m / "model.safetensors"), "does not load, so it is not pushed"),
         (other_sizes, "model.safetensors lacks fer.encoder.*save it again with save_pretrained"),
@@ -384,7 +490,7 @@ def test_a_folder_that_would_not_load_is_not_pushed(hub, model, damage, words):
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("name", ["fer", "org/", "a/b/c", "org/f er", ""])
+@pytest.mark.parametrize("name", ["fer", "org/", "a/b/c", "org/f er", "", "org/a--b", "org/fer.git"])
 def test_a_name_that_is_none_is_refused(model, name):
     with pytest.raises(ValueError, match="is no name of a repository on the Hub: pass org/name"):
         push(model, name)
@@ -392,7 +498,7 @@ def test_a_name_that_is_none_is_refused(model, name):
 
 def test_an_adapters_repository_needs_an_adapter_and_another_name(checkpoint):
     with pytest.raises(FileNotFoundError, match="has no adapter to push to org/b: leave out --adapter-repo"):
-        push(checkpoint, "org/a", adapter_repo="org/b")
+        push(checkpoint, "org/a", adapter_repo="org/b", card=False)
     with pytest.raises(ValueError, match="not both in org/a"):
         push(checkpoint, "org/a", adapter_repo="org/a")
 

@@ -129,6 +129,7 @@ def test_values_out_of_range_name_their_flag(name, value):
     ("options", "message"),
     [
         ({"method": "feedback", "accumulation_steps": 2}, "use --accumulation_steps 1"),
+        ({"method": "feedback", "teacher_ema": 0.99}, "is for fixmatch"),
         ({"stage": "pretrain", "method": "fixmatch"}, "leave them out of --stage pretrain"),
         ({"stage": "pretrain", "encoder": "e"}, "leave out --encoder"),
         ({"stage": "pretrain", "crop": "box"}, "leave out --encoder, --lora_rank and --crop"),
@@ -140,6 +141,40 @@ def test_values_out_of_range_name_their_flag(name, value):
 def test_what_does_not_go_together_is_told(options, message):
     with pytest.raises(ValueError, match=message):
         FerTrainingArguments(data="d", output_dir="o", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hub_model_id": ""}, "--push_to_hub needs --hub_model_id org/name, got ''"),
+        ({"hub_model_id": "fer"}, "--hub_model_id org/name, got 'fer'"),
+        ({"hub_model_id": "org/f er"}, "--hub_model_id org/name, got 'org/f er'.*alphanumeric"),
+        ({"hub_model_id": "org/fer.git"}, "cannot end by '.git'"),
+        ({"hub_model_id": "a/b/c"}, "--hub_model_id org/name, got 'a/b/c'"),
+        (
+            {"stage": "pretrain"},
+            "--stage pretrain makes an encoder, which has no card.*fer push .* --no-card",
+        ),
+        (
+            {"lora_rank": 4, "encoder": "runs/first/model"},
+            "runs/first/model is a folder.*--hub_base_model org/name",
+        ),
+        ({"lora_rank": 4, "encoder": "HERE"}, "--encoder .* is a folder, which nobody else has"),
+        ({"lora_rank": 4, "encoder": "HERE", "hub_base_model": "x"}, "--hub_base_model org/name, got 'x'"),
+    ],
+)
+def test_a_push_that_must_fail_is_refused_before_training(options, message, tmp_path):
+    options = {name: str(tmp_path) if value == "HERE" else value for name, value in options.items()}
+    needed = {"data": "d", "output_dir": "o", "hub_model_id": "org/fer"}
+    with pytest.raises(ValueError, match=message):
+        FerTrainingArguments(**{**needed, "push_to_hub": True, **options})
+    good = {"hub_model_id": "org/fer", "hub_base_model": "org/base", "stage": "image"}
+    FerTrainingArguments(**{**needed, "push_to_hub": True, **options, **good})
+
+
+def test_an_encoder_of_the_hub_is_the_base_of_its_adapter():
+    needed = {"data": "d", "output_dir": "o", "push_to_hub": True, "hub_model_id": "org/fer"}
+    FerTrainingArguments(**needed, lora_rank=4, encoder="google/vit-base")
 
 
 def test_repeated_data_and_commas_and_the_file_are_the_same(config):
