@@ -251,7 +251,7 @@ def write_stills(model: Any, pixels: torch.Tensor, folder: Path, int8: bool = Fa
         allowed = f"{INT8_LABELS:.0%} must keep their class; leave out --int8, or compare on more faces"
         hold(agreements[1], agreements[1].labels >= INT8_LABELS, allowed)
     names = {"id2label": model.config.id2label, "label2id": model.config.label2id}
-    own = {**names, "image_size": model.config.image_size}
+    own = {**names, "image_size": model.config.image_size, "crop": model.config.crop}
     write_about(folder, {**model.config.encoder_config.to_dict(), **own})
     return agreements
 

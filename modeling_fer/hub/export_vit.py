@@ -98,6 +98,7 @@ def stock_config(config: Any) -> Any:
     stock.problem_type = "single_label_classification"
     stock.dtype = torch.float32
     stock._name_or_path = ""
+    stock.crop = config.crop  # not read by ViT: kept for who cuts out the faces
     return stock
 
 

@@ -157,7 +157,9 @@ def test_models_that_the_stock_format_cannot_hold(make, message, tmp_path):
 
 def test_the_stock_folder_works_without_our_code(tmp_path):
     model = still_model(id2label=PRESENT)
+    model.config.crop = {"name": "box", "margin": 0.25}
     (agreement,) = export(model, processor(), faces(), tmp_path / "out", "vit")
+    assert json.loads((tmp_path / "out/config.json").read_text())["crop"] == model.config.crop
     assert agreement.examples == 12
     assert agreement.labels == 1
     assert agreement.logits < 1e-4
@@ -274,6 +276,7 @@ def onnx():
 @pytest.mark.usefixtures("onnx")
 def test_stills_as_onnx(tmp_path):
     model = still_model(id2label=PRESENT, pooling="cls")
+    model.config.crop = {"name": "box", "margin": 0.25}
     out = tmp_path / "out"
     plain, small = export(model, processor(), faces(30), out, "onnx", int8=True)
     assert plain.probabilities < 1e-5
@@ -287,6 +290,7 @@ def test_stills_as_onnx(tmp_path):
     }
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "vit"
+    assert config["crop"] == model.config.crop  # for who cuts out the faces
     assert config["id2label"] == {str(i): name for i, name in PRESENT.items()}
     assert not {"auto_map", "architectures"} & config.keys()
     session = export_onnx.open_graph(out / "onnx/model.onnx", 1)
