@@ -8,9 +8,9 @@ from modeling_fer.hub.push import push, summary
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The grammar."""
     parser.description = (
-        "Push a model folder to the Hub, in one commit: weights or ONNX graphs, code, card, records and pictures "
-        "of its run, files named example_*. What an earlier push wrote there and this one does not, is deleted; all "
-        "else stays."
+        "Push a model folder to the Hub, in one commit: weights or ONNX graphs, code, card, records and "
+        "pictures of its run, files named example_*. What an earlier push wrote there and this one does not, "
+        "is deleted; all else stays."
     )
     parser.add_argument("folder", help="model folder (RUN/model), or an export of it; it must have a card")
     parser.add_argument("repo", help="org/name")
