@@ -174,7 +174,7 @@ def test_a_push_that_must_fail_is_refused_before_training(options, message, tmp_
 
 def test_an_encoder_of_the_hub_is_the_base_of_its_adapter():
     needed = {"data": "d", "output_dir": "o", "push_to_hub": True, "hub_model_id": "org/fer"}
-    FerTrainingArguments(**needed, lora_rank=4, encoder="google/vit-base")
+    assert FerTrainingArguments(**needed, lora_rank=4, encoder="google/vit-base").hub_base_model == ""
 
 
 def test_repeated_data_and_commas_and_the_file_are_the_same(config):
