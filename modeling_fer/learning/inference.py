@@ -120,7 +120,7 @@ def predict_probabilities(
     model.train(was_training)
     numbers = accelerator.gather(torch.from_numpy(mine).to(device)).cpu().numpy()
     values = accelerator.gather(torch.cat(found)).cpu().numpy()
-    probabilities = np.empty((len(pixels), values.shape[1]), dtype=np.float32)
+    probabilities = np.full((len(pixels), values.shape[1]), np.nan, dtype=np.float32)
     probabilities[numbers] = values
     if not np.isfinite(probabilities).all():
         raise ValueError("the model's output is not finite: its weights are damaged, or training diverged")

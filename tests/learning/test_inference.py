@@ -1,6 +1,9 @@
 import json
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -119,34 +122,38 @@ def test_batches_change_nothing(count, batch_size, make_model):
 
 
 class Rank:
-    """One of several processes, with what all of them gathered."""
+    """One of several processes, here threads, that gather at a barrier."""
 
     device = torch.device("cpu")
     is_main_process = False
 
-    def __init__(self, rank, world, pool):
-        self.process_index, self.num_processes, self.pool = rank, world, pool
-        self.calls = 0
+    def __init__(self, rank, parts, barrier):
+        self.process_index, self.num_processes = rank, len(parts)
+        self.parts, self.barrier = parts, barrier
 
     def gather(self, tensor):
-        self.calls += 1
-        self.pool.setdefault(self.calls, {})[self.process_index] = tensor
-        known = self.pool[self.calls]
-        return torch.cat([known.get(rank, torch.zeros_like(tensor)) for rank in range(self.num_processes)])
+        self.parts[self.process_index] = tensor
+        self.barrier.wait()
+        gathered = list(self.parts)
+        self.barrier.wait()  # nobody writes the next part before all have read this one
+        assert len({len(part) for part in gathered}) == 1  # else gathering hangs
+        return torch.cat(gathered)
 
 
 @pytest.mark.parametrize(("count", "world"), [(7, 2), (6, 3), (1, 3), (2, 3), (8, 3)])
 def test_several_processes_agree_with_one(count, world, make_model):
     model, pixels = make_model(), faces(count)
     alone = predict_probabilities(model, pixels, NORMALIZE, 2)
-    pool: dict = {}
-    for rank in range(world):  # the last one sees what all have gathered
-        found = predict_probabilities(model, pixels, NORMALIZE, 2, Rank(rank, world, pool))
-    assert (
-        len({len(part) for part in pool[1].values()}) == 1
-    )  # equally long on every process, or gathering hangs
-    assert {int(i) for part in pool[1].values() for i in part} == set(range(count))
-    assert np.allclose(found, alone, atol=1e-6)
+    parts: list = [None] * world
+    barrier = threading.Barrier(world, timeout=60)
+    ranks = [Rank(rank, parts, barrier) for rank in range(world)]
+    models = [deepcopy(model) for _ in ranks]
+    with ThreadPoolExecutor(world) as pool:
+        found = list(
+            pool.map(lambda m, rank: predict_probabilities(m, pixels, NORMALIZE, 2, rank), models, ranks)
+        )
+    for probabilities in found:  # the same everywhere
+        assert np.allclose(probabilities, alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
