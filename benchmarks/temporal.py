@@ -17,7 +17,8 @@ step; the test split is reported. Each difference is paired over test videos.
     python train.py --config configs/demo.yaml --data data/temporal_stills --output_dir runs/temporal_image
     python -m benchmarks.temporal synthetic --data data/temporal_synthetic --encoder runs/temporal_image/model
 
-    python -m benchmarks.temporal simulated --stills data/ferplus --data data/temporal_simulated \\
+    fer data prepare streams --stills data/ferplus --out data/temporal_simulated
+    python -m benchmarks.temporal simulated --data data/temporal_simulated \\
         --encoder runs/ferplus_finetune_cpu/model --classes present
     python -m benchmarks.temporal speed
 """
@@ -26,7 +27,6 @@ import argparse
 import gc
 import json
 import re
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -38,20 +38,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from datasets import Image
 
 import train
 from modeling_fer import FerConfig, FerForVideoClassification
 from modeling_fer.data import schema
 from modeling_fer.data.augment import Normalize
-from modeling_fer.data.collection import expressions_of
-from modeling_fer.data.pixels import decode_split
-from modeling_fer.data.shards import Shards
-from modeling_fer.data.tally import digest
 from modeling_fer.evaluation.comparison import compare
 from modeling_fer.evaluation.metrics import compute_metrics, write_whole
 from modeling_fer.evaluation.tuning import VideoLogits, apply, fit
-from modeling_fer.labels import CLASSES, IGNORE
+from modeling_fer.labels import IGNORE
 from modeling_fer.learning.arguments import parse_arguments
 from modeling_fer.learning.features import FrameFeatures, frame_features
 from modeling_fer.learning.inference import class_names, load_model
@@ -69,8 +64,6 @@ HEADS: dict[str, tuple[dict[str, Any], bool]] = {
     "encoder, causal": ({"temporal_head": "transformer", "causal": True}, True),
     "encoder": ({"temporal_head": "transformer"}, False),
 }
-STREAMS = {"train": 40, "validation": 12, "test": 16}  # of the simulated ones
-STREAM_FRAMES = 1_500
 # Post-processing as tuning fits it, for what it costs.
 FITTED = {
     "smoothing": "gaussian",
@@ -78,52 +71,6 @@ FITTED = {
     "temperature": 1.3,
     "bias": [0.0, 0.4, 0.8, 0.6, -0.3, 0.2, 0.1, -0.2],
 }
-
-
-def simulate(stills: str, out: Path, seed: int = 0) -> None:
-    """Put streams together from the held-out stills of a prepared data set, split by still.
-
-    Segments last a log-normal time of median 60 frames (2 s at 30 a second), cut to 15 to 400; which
-    expression comes next is drawn by how often it has a still, the same never twice in a row.
-    """
-    data = schema.load(stills)
-    size = data["validation"][0]["image"].width
-    seen = set(map(digest, decode_split(data["train"], size)))
-    found = {digest(face): row for row, face in enumerate(decode_split(data["validation"], size))}
-    kept = sorted(row for known, row in found.items() if known not in seen)  # a row a picture, none of train
-    rows = data["validation"].select(kept)
-    encoded = rows.cast_column("image", Image(decode=False))["image"][:]
-    labels, rng = expressions_of(rows), np.random.default_rng(seed)
-    part = rng.choice(3, size=len(rows), p=[0.5, 0.2, 0.3])
-    for number, split in enumerate(STREAMS):
-        counts = np.bincount(labels[(part == number) & (labels != IGNORE)], minlength=len(CLASSES))
-        print(f"{split}: {counts.sum()} stills,", dict(zip(CLASSES, counts.tolist(), strict=True)))
-    beside = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    with Shards(beside / "data") as shards:
-        for number, (split, count) in enumerate(STREAMS.items()):
-            pools = {
-                c: np.flatnonzero((labels == c) & (part == number))
-                for c in np.unique(labels[labels != IGNORE])
-            }
-            shares = np.array([len(pool) for pool in pools.values()], float)
-            for stream in range(count):
-                frames: list[tuple[int, int]] = []
-                last = -1
-                while len(frames) < STREAM_FRAMES:
-                    odds = shares * (np.array(list(pools)) != last)
-                    last = int(rng.choice(list(pools), p=odds / odds.sum()))
-                    length = int(np.clip(rng.lognormal(np.log(60), 0.8), 15, 400))
-                    frames += [(last, int(row)) for row in rng.choice(pools[last], length)]
-                for frame, (label, row) in enumerate(frames[:STREAM_FRAMES]):
-                    video = f"{split}{stream:02d}"
-                    shards.add(
-                        schema.Example(
-                            split, encoded[row]["bytes"], "", "simulated", label, video=video, frame=frame
-                        )
-                    )
-    beside.rename(out)
 
 
 def logits_of(model: Any, features: FrameFeatures, rows: Any, where: str) -> list[VideoLogits]:
@@ -317,9 +264,6 @@ def main() -> None:
     )
     parser.add_argument("part", choices=("synthetic", "simulated", "speed"))
     parser.add_argument("--data", help="prepared videos")
-    parser.add_argument(
-        "--stills", help="prepared stills to simulate streams from, if --data is not there yet"
-    )
     parser.add_argument("--encoder", help="image model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/temporal"))
@@ -329,8 +273,6 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         write_whole(RESULTS / "temporal_speed_cpu.json", (json.dumps(result, indent=2) + "\n").encode())
         return
-    if args.part == "simulated" and not Path(args.data).exists():
-        simulate(args.stills, Path(args.data))
     found = run_heads(args.data, args.encoder, args.seeds, args.runs / args.part, extra)
     about = {
         "data": args.data,

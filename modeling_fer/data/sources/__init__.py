@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from modeling_fer.data.schema import Item
-from modeling_fer.data.sources import aff_wild2, fer2013, folder, frames, synthetic, videos
+from modeling_fer.data.sources import aff_wild2, fer2013, folder, frames, streams, synthetic, videos
 
 
 class Source(NamedTuple):
@@ -21,4 +21,5 @@ SOURCES = {
     "aff_wild2": Source(aff_wild2.AffWild2Options, aff_wild2.examples),
     "frames": Source(frames.FramesOptions, frames.examples),
     "videos": Source(videos.VideosOptions, videos.examples),
+    "streams": Source(streams.StreamsOptions, streams.examples),
 }
