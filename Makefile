@@ -32,7 +32,7 @@ demo: $(STAMP)
 	$(BIN)/fer submission check runs/demo/prediction.txt --template runs/demo/template.txt
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --cov=modeling_fer --cov=train --cov=pseudo_label --cov=cross_validate --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --cov=modeling_fer --cov=train --cov=pseudo_label --cov=cross_validate --cov=release --cov-report=term:skip-covered
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -151,12 +151,12 @@ def run_rounds(out: str, labels: LabelOptions, choice: SelectOptions, options: R
         labels = dataclasses.replace(labels, model=f"{folder}/run/model")
 
 
-def run_command(command: list[str]) -> None:
-    """Run a command; it is told to end when this process is, with all that it started."""
+def run_command(command: list[str], timeout: float | None = None) -> None:
+    """Run a command; it is told to end when this process is, or after `timeout` seconds, with its own."""
     print(shlex.join(command), flush=True)
     process = subprocess.Popen(command, process_group=0)
     try:
-        code = process.wait()
+        code = process.wait(timeout)
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)

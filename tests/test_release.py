@@ -1,0 +1,145 @@
+"""The recipe of the released model: each command once, in order, and all of it at a tiny size."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import release
+from modeling_fer.data.sources.fer2013 import VOTES
+from modeling_fer.data.sources.synthetic import SyntheticOptions, examples
+from modeling_fer.labels import FER2013_ORDER, class_id
+from modeling_fer.learning.arguments import parse_arguments
+from release import Release, Step, main, run_step
+
+SCALES = ("cpu", "gpu", "tiny")
+
+
+def recipe(folder, **changed):
+    given = {"scale": "tiny", "fer2013": "a.csv", "ferplus": "b.csv", "faces": "faces", "repo": "org/name"}
+    return Release(out=folder / "out", **{**given, **changed})
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_each_stage_has_a_configuration_that_train_reads(scale, tmp_path):
+    made = recipe(tmp_path, scale=scale)
+    made.write_configs()
+    parsed = {stage: parse_arguments(["--config", str(made.config(stage))]) for stage in release.STAGES}
+    for stage, changed in made.scaled().items():
+        if stage in release.STAGES:
+            assert all(getattr(parsed[stage], name) == value for name, value in changed.items())
+    assert parsed["pretrain"].stage == "pretrain"
+    assert parsed["image"].encoder == str(made.out / "pretrain/model")
+    assert parsed["second"].encoder == str(made.out / "image/model")
+    assert (parsed["video"].stage, parsed["video"].encoder) == ("video", str(made.out / "final/model"))
+    assert len({arguments.output_dir for arguments in parsed.values()}) == len(parsed)
+
+
+def test_a_scale_that_names_something_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    path = tmp_path / "configs/release/tiny.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("imge: {epochs: 3}\n")
+    with pytest.raises(ValueError, match=f"{path}: imge is none of accelerate, folds, image"):
+        recipe(tmp_path).scaled()
+
+
+def test_the_better_round_is_chosen_by_validation(tmp_path):
+    made = recipe(tmp_path)
+    for first, second, chosen in ((0.5, 0.6, "run"), (0.6, 0.5, "image"), (0.5, 0.5, "image")):
+        for run, score in ((made.out / "image", first), (made.out / "second/round-1/run", second)):
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "metrics.json").write_text(json.dumps({"macro_f1_present": score}))
+        assert made.better().name == chosen
+
+
+def counting(folder, code=0):
+    """A step that notes each time it is run."""
+    script = (
+        f"open('{folder / 'count'}', 'a').write('x'); import time; time.sleep(0.2); raise SystemExit({code})"
+    )
+    return Step("counting", [sys.executable, "-c", script], folder / "count")
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    step, record = counting(tmp_path), tmp_path / "steps/00.json"
+    for _ in range(2):
+        run_step(step, record, None)
+    assert (tmp_path / "count").read_text() == "x"
+    (tmp_path / "count").unlink()  # unless what it made is gone
+    run_step(step, record, None)
+    assert (tmp_path / "count").read_text() == "x"
+
+
+def test_what_failed_is_done_again_and_its_time_adds_up(tmp_path):
+    record = tmp_path / "00.json"
+    with pytest.raises(subprocess.CalledProcessError):
+        run_step(counting(tmp_path, code=3), record, None)
+    told = json.loads(record.read_text())
+    assert not told["done"]
+    record.write_text(json.dumps({**told, "seconds": 100.0}))
+    with pytest.raises(subprocess.CalledProcessError):
+        run_step(counting(tmp_path, code=3), record, None)
+    assert (tmp_path / "count").read_text() == "xx"
+    assert json.loads(record.read_text())["seconds"] > 100
+
+
+def test_a_step_of_other_options_is_refused(tmp_path):
+    run_step(counting(tmp_path), tmp_path / "00.json", None)
+    with pytest.raises(ValueError, match="counting was begun with another command"):
+        run_step(counting(tmp_path, code=4), tmp_path / "00.json", None)
+
+
+def test_it_stops_in_time_and_goes_on(tmp_path, monkeypatch, capsys):
+    waits = Step("waiting", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "never")
+    monkeypatch.setattr(Release, "steps", lambda self: iter([counting(tmp_path), waits]))
+    flags = ["--fer2013", "a", "--ferplus", "b", "--faces", "c", "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            main([*flags, "--scale", "tiny", "--minutes", "0.02"])
+        assert stop.value.code == 75
+    assert (tmp_path / "count").read_text() == "x"
+    assert "the same command goes on" in capsys.readouterr().out
+
+
+def write_fer2013(folder):
+    """Drawn faces in the files of FER2013 and FER+, and a folder of others."""
+    native = {class_id(name): name for name in FER2013_ORDER}
+    counts = {"train": 200, "validation": 80, "test": 0, "unlabeled": 40}
+    rows, votes = [["emotion", "pixels", "Usage"]], [["Usage", "Image name", *VOTES]]
+    (folder / "faces").mkdir()
+    for number, item in enumerate(examples(SyntheticOptions(image_size=48, imbalance=1, **counts))):
+        grey = np.array(Image.open(io.BytesIO(item.image)).convert("L"))
+        if item.split == "unlabeled":
+            Image.fromarray(grey).save(folder / f"faces/{number}.png")
+        elif name := native.get(item.expression):  # all but Other
+            usage = {"train": "Training", "validation": "PublicTest"}[item.split]
+            rows.append([FER2013_ORDER.index(name), " ".join(map(str, grey.ravel())), usage])
+            votes.append([usage, "", *(8 if vote == name else 2 * (vote == "unknown") for vote in VOTES)])
+    for name, table in (("fer2013.csv", rows), ("fer2013new.csv", votes)):
+        with (folder / name).open("w", newline="") as file:
+            csv.writer(file).writerows(table)
+
+
+@pytest.mark.slow
+def test_the_whole_recipe(tmp_path):
+    write_fer2013(tmp_path)
+    flags = ["--fer2013", "fer2013.csv", "--ferplus", "fer2013new.csv", "--faces", "faces", "--out", "out"]
+    command = [sys.executable, str(release.ROOT / "release.py"), *flags, "--scale", "tiny"]
+    stopped = subprocess.run([*command, "--minutes", "0.7"], cwd=tmp_path, timeout=300)
+    assert stopped.returncode == 75  # by far too short for all of it
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=1500)
+    out = tmp_path / "out"
+    told = json.loads((out / "summary.json").read_text())
+    assert set(told["took"]) == {"pretrain", "image", "second", "video"}
+    assert told["chosen"] in ("image", "second/round-1/run")
+    assert yaml.safe_load((out / "final/model/README.md").read_text().split("---")[1])["library_name"]
+    assert (out / "export/onnx").is_dir()
+    again = subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True)
+    assert "pretraining" not in again.stdout  # all is there
