@@ -15,6 +15,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import shutil
 import statistics
 import uuid
@@ -26,6 +27,7 @@ import yaml
 from accelerate import Accelerator
 from datasets import Dataset
 from matplotlib.figure import Figure
+from safetensors import safe_open
 from scipy.stats import t
 
 import train
@@ -55,6 +57,13 @@ HEAD, RATIO = 1_000, 50  # long tail: labels of the largest class, and how many 
 # debias and feedback draw them evenly over classes, which is the package's default. Where classes have
 # equally many labels the two are the same, and "balanced" is not run.
 NATURAL, EVEN = {"sampling_alpha": 0.0}, {"sampling_alpha": 1.0}
+NEW_VIT = {
+    "patch_size": 8,
+    "hidden_size": 192,
+    "num_layers": 6,
+    "num_heads": 3,
+}  # of configs/pretrain_cpu.yaml
+LORA = {"lora_targets": "all", "layer_decay": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
     "supervised": {"method": "supervised", **NATURAL},
     "supervised, balanced": {"method": "supervised", **EVEN},
@@ -73,7 +82,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "sampler_bound": 3.0,
         **EVEN,
     },
+    # What pretraining is worth, and what is lost where only an adapter is trained: run where asked for.
+    "from scratch": {"method": "supervised", "encoder": "", "layer_decay": 1.0, **NEW_VIT, **NATURAL},
+    "LoRA, rank 4": {"method": "supervised", "lora_rank": 4, **LORA, **NATURAL},
+    "LoRA, rank 8": {"method": "supervised", "lora_rank": 8, **LORA, **NATURAL},
+    "LoRA, rank 16": {"method": "supervised", "lora_rank": 16, **LORA, **NATURAL},
 }
+SEMI = [name for name in METHODS if "scratch" not in name and "LoRA" not in name]
 PROTOCOLS = ("10", "25", "100", "250", "long tail")
 # Accuracy on FER2013 with a WideResNet, for orientation, by labels a class.
 PUBLISHED = {
@@ -149,6 +164,20 @@ def score(model_folder: Path, data: Path, split: str) -> dict[str, Any]:
     }
 
 
+def cost(run: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Trained parameters, labelled images a second, and peak memory of the process so far."""
+    adapter = run / "model/adapter/adapter_model.safetensors"
+    with safe_open(adapter if adapter.exists() else run / "model/model.safetensors", "np") as weights:
+        trained = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    rates = [row["images_per_second"] for row in history if "images_per_second" in row]
+    memory = json.loads((run / "environment.json").read_text())["peak_memory_mib"]
+    return {
+        "trained_parameters": trained,
+        "images_per_second": statistics.median(rates),
+        "peak_memory_mib": memory,
+    }
+
+
 def run_one(
     protocol: str,
     method: str,
@@ -163,9 +192,9 @@ def run_one(
     name = f"{protocol}-{method}-{seed}".replace(" ", "_")
     run = root / name
     data = root.parent / "ssl_data" / f"{protocol}-{seed}".replace(" ", "_")
-    settings = {**yaml.safe_load(CONFIG.read_text()), **METHODS[method]}
+    settings = {**yaml.safe_load(CONFIG.read_text()), "encoder": encoder, **METHODS[method]}
     folders = ",".join([f"labelled={data}", *(f"unlabelled={path}" for path in beside)])
-    settings |= {"data": folders, "output_dir": run / "run", "encoder": encoder, "seed": seed}
+    settings |= {"data": folders, "output_dir": run / "run", "seed": seed}
     arguments = parse_arguments([f"--{k}={v}" for k, v in settings.items()] + extra)
     arguments.eval_steps = arguments.max_steps  # the last weights are kept, whatever the slice says of others
     try:
@@ -192,6 +221,7 @@ def run_one(
         "slice": score(run / "run/model", data, "validation"),
         "PublicTest": score(run / "run/model", data, "test"),
         "last_round": rounds[-1] if rounds else None,
+        **cost(run / "run", history),
         "settings": {k: str(v) for k, v in settings.items() if k not in ("data", "output_dir", "encoder")},
         "extra": extra,
         "unlabelled": [Path(path).name for path in beside],
@@ -303,7 +333,7 @@ def main() -> None:
     parser.add_argument("--unlabelled", nargs="*", default=[], help="further folders, of another domain")
     parser.add_argument("--encoder", default="runs/pretrain_cpu/model")
     parser.add_argument("--protocols", nargs="+", default=["25", "250", "long tail"], choices=PROTOCOLS)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=SEMI, choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/ssl"))
     parser.add_argument("--name", default="ssl_cpu", help="of the JSON and the figure")

@@ -6,12 +6,17 @@ from pathlib import Path
 
 from modeling_fer.data.pixels import ENDINGS
 
-DEFAULT_MODEL = "runs/demo/round-1/run/model"
+SHIPPED = "checkpoints/abaw-fer-small"  # comes with the repository
+DEFAULT_MODEL = str(Path(__file__).parents[2] / SHIPPED)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add `--model`."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"model folder (default: {DEFAULT_MODEL})")
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"model folder (default: {SHIPPED} of the repository, a small model of stills)",
+    )
 
 
 def at_least_one(text: str) -> int:
