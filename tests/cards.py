@@ -12,6 +12,7 @@ import numpy as np
 from modeling_fer.data.report import Report
 from modeling_fer.evaluation.metrics import compute_metrics
 from modeling_fer.evaluation.report import stored_postprocess, weights_digest
+from modeling_fer.evaluation.selective import risk_coverage
 from modeling_fer.hub.card import SCORES
 from modeling_fer.labels import CLASSES
 from modeling_fer.learning.arguments import FerTrainingArguments
@@ -59,6 +60,7 @@ def evaluate(home, split="test", data="data/faces", seed=0, absent=(), **more):
     probabilities = rng.dirichlet(np.ones(8), 50)
     scores = compute_metrics(references, probabilities.argmax(1), probabilities, bootstrap_samples=50)
     scores["bootstrap"]["unit"] = "images"
+    scores["selective"] = risk_coverage(references, probabilities).summary()
     about: dict[str, Any] = {"model": f"runs/{home.name}/model", "data": data, "split": split}
     model = home / "model"
     about |= {"weights": weights_digest(model), "postprocess": stored_postprocess(model)}
@@ -102,6 +104,7 @@ def with_bounds(row, key):
 def expected_tables(metrics):
     """The tables of an evaluation, straight from its JSON."""
     overall = ["macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy"]
+    sure = metrics["selective"]
     return {
         "score": [
             ("score", "value", "95 % interval"),
@@ -117,6 +120,13 @@ def expected_tables(metrics):
         "calibration": [
             ("calibration", "value"),
             *((SCORES[key][1], shown(metrics[key])) for key in ("ece", "nll")),
+        ],
+        "share of the images answered": [
+            ("share of the images answered", "threshold", "accuracy on those"),
+            *(
+                tuple(shown(sure[key][place]) for key in ("coverage", "threshold", "accuracy"))
+                for place in range(len(sure["coverage"]))
+            ),
         ],
     }
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
 from modeling_fer.evaluation.metrics import ReliabilityBins, confusion_scores, write_whole
+from modeling_fer.evaluation.selective import RiskCoverage
 from modeling_fer.labels import CLASSES
 
 DPI = 150
@@ -96,6 +97,24 @@ def reliability_figure(bins: ReliabilityBins, title: str = "Reliability") -> Fig
     below.yaxis.set_major_locator(MaxNLocator(3))
     _tidy(axes)
     _tidy(below)
+    return figure
+
+
+def risk_coverage_figure(curve: RiskCoverage, title: str = "Answering only when sure") -> Figure:
+    """Draw how often a model is right on the share of the examples that it is surest of."""
+    figure = Figure(figsize=(5.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    first = min(len(curve.coverage) - 1, len(curve.coverage) // 100)  # the surest few are mere noise
+    axes.plot(curve.coverage[first:], curve.accuracy[first:], color=BLUE, linewidth=1.8, label="accuracy")
+    axes.plot(
+        curve.coverage[first:], curve.threshold[first:], color=GREY, linestyle="--", label="least confidence"
+    )
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="Share of the examples answered")
+    axes.set_title(f"{title}: AURC {curve.aurc:.3f}, {len(curve.coverage):,} examples", pad=10)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend(loc="lower left", frameon=False)
+    _tidy(axes)
     return figure
 
 

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from modeling_fer.evaluation import plots
 from modeling_fer.evaluation.metrics import compute_metrics, reliability_bins, write_metrics
+from modeling_fer.evaluation.selective import risk_coverage
 from modeling_fer.labels import CLASSES, IGNORE
 
 WEIGHTS = "model.safetensors"
@@ -116,12 +117,15 @@ def write_report(
             column: score_groups(references, predictions, values, class_names, groups)
             for column, values in per_group.items()
         }
+    answered = risk_coverage(references, probabilities)
+    metrics["selective"] = answered.summary()
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics({**about, **metrics}, folder / "metrics.json")
     confusion = plots.confusion_matrix_figure(metrics["confusion_matrix"], class_names)
     plots.save(confusion, folder / "confusion_matrix.png")
     reliability = plots.reliability_figure(reliability_bins(references, probabilities))
     plots.save(reliability, folder / "reliability.png")
+    plots.save(plots.risk_coverage_figure(answered), folder / "risk_coverage.png")
     return metrics
 
 

@@ -20,7 +20,7 @@ RECORDS = ("arguments.json", "calibration.json", "environment.json", "metrics.js
 # What a run keeps beside its model. A picture of one's own is an example: `example_NAME.png`.
 RUN_FILES = (
     *RECORDS, "confusion_matrix.png", "learning_curve.png", "reliability.png", "reconstructions.png",
-    "timeline_*.png",
+    "risk_coverage.png", "timeline_*.png",
 )  # fmt: skip
 # What of a model folder goes to the Hub. Nothing else does: no checkpoint, log, cache or hidden file.
 MODEL_FILES = (

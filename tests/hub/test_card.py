@@ -37,6 +37,7 @@ from transformers import pipeline
 from modeling_fer import FerConfig, FerForVideoClassification
 from modeling_fer.evaluation.metrics import compute_metrics
 from modeling_fer.evaluation.report import weights_digest, write_report
+from modeling_fer.evaluation.selective import risk_coverage
 from modeling_fer.hub.card import SCORES, make_card, write_card
 from modeling_fer.hub.facts import FACTS, OURS, RESEARCH, UNKNOWN, read_facts, title_of
 from modeling_fer.labels import CLASSES
@@ -100,6 +101,7 @@ def test_tables_and_model_index_are_the_numbers_of_the_evaluation(bare, data):
         "data": "data/faces",
         "split": "test",
         **compute_metrics(references, probabilities.argmax(1), probabilities, bootstrap_samples=20),
+        "selective": risk_coverage(references, probabilities).summary(),
     }
     card = make_card(dataclasses.replace(bare, evaluations=[(Path("e"), metrics)]))
     found = section(card.text, "## Evaluation")
@@ -508,7 +510,7 @@ def test_the_folder_can_be_published_as_it_is(project, checkpoint):
     assert card == home / "model/README.md"
     text = card.read_text()
     links = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert links == ["confusion_matrix.png", "reliability.png", "learning_curve.png"]
+    assert links == ["confusion_matrix.png", "reliability.png", "risk_coverage.png", "learning_curve.png"]
     added = {"README.md", "metrics.json", "arguments.json", FACTS, *links}
     after = {path.name: path.read_bytes() for path in (home / "model").iterdir()}
     assert after.keys() - before.keys() == added
