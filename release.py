@@ -31,6 +31,13 @@ ROOT = Path(__file__).parent
 STAGES = ("pretrain", "image", "second", "video")
 SCALED = {*STAGES, "accelerate", "select", "streams", "folds"}  # what a file of configs/release/ may hold
 OWN_WEIGHT = "0.5"  # of FER2013's own label, beside the votes of FER+
+# For glibc: freed memory is kept, and lies on huge pages. What it gains on a CPU is in docs/experiments.md.
+HUGE_PAGES = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 @dataclass(frozen=True)
@@ -217,6 +224,9 @@ def main(argv: list[str] | None = None) -> None:
     minutes = args.pop("minutes")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     release = Release(**args)
+    os.environ.update(
+        {name: os.environ.get(name, value) for name, value in HUGE_PAGES.items()}
+    )  # of children
     try:
         release.write_configs()
         for number, step in enumerate(release.steps()):
