@@ -151,10 +151,10 @@ def run_rounds(out: str, labels: LabelOptions, choice: SelectOptions, options: R
         labels = dataclasses.replace(labels, model=f"{folder}/run/model")
 
 
-def run_command(command: list[str], timeout: float | None = None) -> None:
+def run_command(command: list[str], timeout: float | None = None, environment: Any = None) -> None:
     """Run a command; it is told to end when this process is, or after `timeout` seconds, with its own."""
     print(shlex.join(command), flush=True)
-    process = subprocess.Popen(command, process_group=0)
+    process = subprocess.Popen(command, process_group=0, env={**os.environ, **(environment or {})})
     try:
         code = process.wait(timeout)
     except BaseException:

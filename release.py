@@ -6,14 +6,19 @@
 
 prepare the data -> pretrain on faces without labels -> image stage -> label the unlabelled faces and train
 again -> the better of the two by validation, calibrated and judged -> temporal stage on simulated streams ->
-card -> exports. Steps that are done are not done again, and one that was interrupted goes on. Each is a
-command that is printed and can be run by hand; what they took and gave is in OUT/summary.json.
+card -> exports. Steps that are done are not done again; trainings and labelling go on where they were
+stopped, other steps start anew. Each is a command that is printed and can be run by hand; what they took and
+gave is in OUT/summary.json. On a CPU the faces without labels are learnt from before and after the image
+stage; with `--scale gpu` in it, too.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -42,11 +47,21 @@ HUGE_PAGES = {
 
 @dataclass(frozen=True)
 class Step:
-    """One command, and the file or folder that is there once it is done."""
+    """One command, the file or folder that is there once it is done, and the configuration that it reads.
+
+    With `anew`, what an interrupted one left is removed before it starts again.
+    """
 
     name: str
     command: list[str]
     made: Path
+    config: Path | None = None
+    anew: bool = False
+
+    def told(self) -> dict[str, Any]:
+        """What a record of the step holds: a step with other words than those is another one."""
+        words = shlex.join(self.command).replace(sys.executable, "python")
+        return {"name": self.name, "command": words, "config": self.config and self.config.read_text()}
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,8 @@ class Release:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         if unknown := sorted(found.keys() - SCALED):
             raise ValueError(f"{path}: {', '.join(unknown)} is none of {', '.join(sorted(SCALED))}")
+        if "accelerate" not in found:
+            raise ValueError(f"{path}: accelerate is missing, the file that accelerate launch is to read")
         return found
 
     def config(self, stage: str) -> Path:
@@ -90,15 +107,17 @@ class Release:
         unlabelled, encoder = f",unlabelled={data / 'faces'}", out / "pretrain" / "model"
         places: dict[str, dict[str, Any]] = {
             "pretrain": {"data": f"labelled={data / 'fer2013'}{unlabelled}"},
-            "image": {"data": f"labelled={data / 'blend'}{unlabelled}", "encoder": encoder},
+            "image": {"data": f"labelled={data / 'blend'}", "encoder": encoder},
             "second": {"data": data / "blend", "encoder": out / "image" / "model"},
             "video": {"data": data / "streams", "encoder": out / "final" / "model"},
         }
         for stage, place in places.items():
             common = yaml.safe_load((ROOT / "configs" / f"release_{stage}.yaml").read_text(encoding="utf-8"))
             given = {name: str(value) for name, value in {**place, "output_dir": out / stage}.items()}
-            content = yaml.safe_dump({**common, **scaled.get(stage, {}), **given}, sort_keys=False)
-            write_whole(self.config(stage), content.encode())
+            merged = {**common, **scaled.get(stage, {}), **given}
+            if merged.get("method", "supervised") != "supervised":
+                merged["data"] += unlabelled
+            write_whole(self.config(stage), yaml.safe_dump(merged, sort_keys=False).encode())
 
     def better(self) -> Path:
         """The run of the first or of the second round, by macro F1 on validation; the first on a tie."""
@@ -112,6 +131,7 @@ class Release:
         fer2013, blend, faces, streams = (
             str(out / "data" / n) for n in ("fer2013", "blend", "faces", "streams")
         )
+        self.write_configs()
         fer, image_model = [sys.executable, "-m", "modeling_fer.cli"], str(final / "model")
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
         launch += ["--config_file", str(ROOT / scaled["accelerate"])]
@@ -120,84 +140,119 @@ class Release:
             command = [*fer, "data", "prepare", source, *flags, "--out", folder, "--overwrite"]
             return Step(f"data: {Path(folder).name}", command, Path(folder, "report.json"))
 
-        def script(name: str, stage: str, *flags: str) -> list[str]:
-            return [*launch, str(ROOT / name), "--config", str(self.config(stage)), *flags]
+        def train(name: str, stage: str, made: Path, script: str = "train.py", *flags: str) -> Step:
+            config = self.config(stage)
+            command = [*launch, str(ROOT / script), "--config", str(config), *(flags or ("--resume", "auto"))]
+            return Step(name, command, made, config)
 
         csv = ("--csv", self.fer2013, "--rule", "fer2013", "--drop-duplicates")
         yield prepare("fer2013", fer2013, *csv)
         yield prepare("fer2013", blend, *csv, "--ferplus", self.ferplus, "--own_weight", OWN_WEIGHT)
         yield prepare("folder", faces, "--root", self.faces, "--unlabeled", "True")
-        resume = ("--resume", "auto")
-        yield Step(
-            "pretraining", script("train.py", "pretrain", *resume), out / "pretrain/learning_curve.png"
-        )
-        yield Step("image stage", script("train.py", "image", *resume), out / "image/metrics.json")
+        yield train("pretraining", "pretrain", out / "pretrain/learning_curve.png")
+        yield train("image stage", "image", out / "image/metrics.json")
         rounds = [sys.executable, str(ROOT / "pseudo_label.py"), "rounds", "--rounds", "1"]
         rounds += ["--model", str(out / "image/model"), "--images", faces, "--labelled", blend]
         rounds += ["--out", str(out / "second"), "--config", str(self.config("second"))]
         rounds += ["--launch", shlex.join(launch), *map(str, scaled.get("select", []))]
-        yield Step("labelling and second round", rounds, out / "second/round-1/run/metrics.json")
-        calibrate = [*fer, "calibrate", "--model", str(self.better() / "model"), "--data", fer2013]
-        yield Step("calibration", [*calibrate, "--grey", "--half", "--out", str(final)], final / "model")
-        judge = [*fer, "eval", "--model", image_model, "--data", fer2013, "--out", str(final / "validation")]
+        second = out / "second/round-1/run/metrics.json"
+        yield Step("labelling and second round", rounds, second, self.config("second"))
+        calibrate = [*fer, "calibrate", "--model", str(self.better() / "model"), "--data", blend]
+        yield Step(
+            "calibration", [*calibrate, "--grey", "--half", "--out", str(final)], final / "model", anew=True
+        )
+        judge = [*fer, "eval", "--model", image_model, "--data", blend, "--out", str(final / "validation")]
         yield Step("evaluation", judge, final / "validation/metrics.json")
         yield prepare("streams", streams, "--stills", fer2013, *map(str, scaled.get("streams", [])))
-        yield Step("temporal stage", script("train.py", "video", *resume), video / "metrics.json")
+        yield train("temporal stage", "video", video / "metrics.json")
         folds = ["--k", str(scaled.get("folds", 3)), "--out", str(video / "folds")]
         folds += ["--model", str(video / "model")]
-        cross_validation = video / "folds/cross_validation.json"
-        yield Step("temporal folds", script("cross_validate.py", "video", *folds), cross_validation)
+        made = video / "folds/cross_validation.json"
+        yield train("temporal folds", "video", made, "cross_validate.py", *folds)
         judge = [*fer, "eval", "--model", str(video / "model"), "--against", image_model, "--data", streams]
         judge += ["--split", "test", "--out", str(video / "test")]
         yield Step("temporal evaluation", judge, video / "test/comparison.json")
         card = [*fer, "card", str(final), "--repo", self.repo, "--eval", str(final / "validation")]
         yield Step("card", card, final / "model/README.md")
         export = [*fer, "export", image_model, "--format", "vit", "onnx", "--int8", "--check", fer2013]
-        yield Step("export", [*export, "--out", str(out / "export")], out / "export/config.json")
+        yield Step("export", [*export, "--out", str(out / "export")], out / "export", anew=True)
 
     def summary(self) -> dict[str, Any]:
-        """What each training took (device, seconds, energy, memory), and what each stage scored."""
-        took, scores = {}, {}
-        second = self.out / "second/round-1/run"
-        for name, run in {
-            "image": self.out / "image",
-            "second": second,
-            "final": self.out / "final/validation",
-        }.items():
-            found = json.loads((run / "metrics.json").read_text())
-            scores[name] = {key: found[key] for key in ("accuracy", "macro_f1_present", "ece")}
-        for name in ("pretrain", "image", "second", "video"):
-            run = second if name == "second" else self.out / name
-            took[name] = json.loads((run / "environment.json").read_text())
-        scores["streams"] = json.loads((self.out / "video/test/comparison.json").read_text())
-        return {"chosen": self.better().relative_to(self.out).as_posix(), "scores": scores, "took": took}
+        """What every step took, each training's record of it (device, energy, memory), and the scores."""
+
+        def read(path: str) -> dict[str, Any]:
+            return json.loads((self.out / path).read_text())
+
+        runs = {"pretrain": "pretrain", "image": "image", "second": "second/round-1/run", "video": "video"}
+        keys = ("accuracy", "macro_f1_present", "ece")
+        scores = {name: read(f"{runs[name]}/metrics.json") for name in ("image", "second")}
+        scores["final"] = read("final/validation/metrics.json")
+        records = [json.loads(path.read_text()) for path in sorted((self.out / "steps").glob("*.json"))]
+        return {
+            "scale": self.scale,
+            "chosen": self.better().relative_to(self.out).as_posix(),
+            "seconds": {one["name"]: one["seconds"] for one in records},
+            "trainings": {name: read(f"{run}/environment.json") for name, run in runs.items()},
+            "validation": {name: {key: found[key] for key in keys} for name, found in scores.items()},
+            "calibration": read("final/calibration.json"),
+            "streams": read("video/test/comparison.json"),
+        }
 
 
 def run_step(step: Step, record: Path, deadline: float | None) -> None:
     """Run a step unless it is done; its record adds up what it took.
 
     Raises:
-        ValueError: it was begun with another command.
+        ValueError: it was done with another command or configuration.
+        FileNotFoundError: the command ended well and made nothing.
         subprocess.CalledProcessError: the command failed; it has told why.
         subprocess.TimeoutExpired: the deadline came first; the command was told to end.
     """
-    told: dict[str, Any] = {"name": step.name, "command": step.command, "seconds": 0.0, "done": False}
-    if record.exists():
-        told = json.loads(record.read_text())
-    if told["command"] != step.command:
-        raise ValueError(
-            f"{record}: {step.name} was begun with another command; use the options of then, or another --out"
-        )
-    if told["done"] and step.made.exists():
+    told = {**step.told(), "seconds": 0.0, "done": False}
+    before = json.loads(record.read_text()) if record.exists() else told
+    if before["done"] and step.made.exists():
+        if changed := [key for key in ("name", "command", "config") if before[key] != told[key]]:
+            raise ValueError(
+                f"{record}: {step.name} was done with another {' and '.join(changed)}; use the options of "
+                "then, another --out, or delete this record and those after it to do it again"
+            )
         return
-    print(f"\n{step.name}", flush=True)
     clock = time.monotonic()
+    if deadline is not None and clock >= deadline:
+        raise subprocess.TimeoutExpired(step.command, 0.0)
+    if step.anew:
+        shutil.rmtree(step.made, ignore_errors=True)
+    write_whole(record, (json.dumps({**told, "seconds": before["seconds"]}, indent=2) + "\n").encode())
+    print(f"\n{step.name}", flush=True)
     try:
-        run_command(step.command, None if deadline is None else max(0.1, deadline - clock))
+        run_command(step.command, None if deadline is None else deadline - clock, HUGE_PAGES)
+        if not step.made.exists():
+            raise FileNotFoundError(f"{step.name} ended well, but {step.made} is not there")
         told["done"] = True
     finally:
-        told["seconds"] = round(told["seconds"] + time.monotonic() - clock, 1)
+        told["seconds"] = round(before["seconds"] + time.monotonic() - clock, 1)
         write_whole(record, (json.dumps(told, indent=2) + "\n").encode())
+
+
+def run(release: Release, deadline: float | None) -> None:
+    """Run what is left to do, as the only one in the folder.
+
+    Raises:
+        ValueError: another process is at it, or the folder's name cannot be passed on.
+    """
+    if set(",=") & set(str(release.out)):
+        raise ValueError(f"--out {release.out}: its name must hold no comma and no =")
+    release.out.mkdir(parents=True, exist_ok=True)
+    with (release.out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another release.py is at work in {release.out}") from None
+        for number, step in enumerate(release.steps()):
+            run_step(step, release.out / "steps" / f"{number:02d}.json", deadline)
+        summary = json.dumps(release.summary(), indent=2) + "\n"
+        write_whole(release.out / "summary.json", summary.encode())
+    print(f"\nmodel: {release.out / 'final/model'}\nwritten: {release.out / 'summary.json'}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -222,22 +277,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = vars(parser.parse_args(argv))
     minutes = args.pop("minutes")
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    release = Release(**args)
-    os.environ.update(
-        {name: os.environ.get(name, value) for name, value in HUGE_PAGES.items()}
-    )  # of children
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what was started ends, too
+        signal.signal(number, lambda *_: sys.exit(143))
     try:
-        release.write_configs()
-        for number, step in enumerate(release.steps()):
-            run_step(step, release.out / "steps" / f"{number:02d}.json", deadline)
-        summary = json.dumps(release.summary(), indent=2) + "\n"
-        write_whole(release.out / "summary.json", summary.encode())
-        print(f"\nmodel: {release.out / 'final/model'}\nwritten: {release.out / 'summary.json'}")
-    except subprocess.TimeoutExpired:
-        print("release.py: stopped in time; the same command goes on from here")
-        sys.exit(os.EX_TEMPFAIL)
-    except (ValueError, OSError, yaml.YAMLError, subprocess.CalledProcessError) as error:
+        run(Release(**args), None if minutes is None else time.monotonic() + 60 * minutes)
+    except (ValueError, OSError, yaml.YAMLError, subprocess.SubprocessError) as error:
+        in_time = isinstance(error, subprocess.TimeoutExpired)
+        if in_time or getattr(error, "returncode", 0) == os.EX_TEMPFAIL:
+            print("release.py: stopped in time; the same command goes on from here")
+            sys.exit(os.EX_TEMPFAIL)
         sys.exit(f"release.py: {error}")
 
 

@@ -50,6 +50,7 @@ PRODUCTS = (
     "aten::bmm",
     "aten::baddbmm",
     "aten::mkldnn_convolution",
+    "aten::convolution_backward",
     "aten::convolution",
 )
 

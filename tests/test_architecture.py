@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {"train.py": 300, "pseudo_label.py": 200, "cross_validate.py": 200, "release.py": 250}
+BUDGETS = {"train.py": 300, "pseudo_label.py": 200, "cross_validate.py": 200, "release.py": 300}
 DEFAULT_BUDGET = 400
 SCRIPTS = [path for name in BUDGETS if (path := ROOT / name).exists()]
 MODULES = sorted((ROOT / "modeling_fer").rglob("*.py")) + SCRIPTS

@@ -5,6 +5,8 @@ import io
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,22 +61,26 @@ def test_the_better_round_is_chosen_by_validation(tmp_path):
         assert made.better().name == chosen
 
 
-def counting(folder, code=0):
+def counting(folder, code=0, made="count", **options):
     """A step that notes each time it is run."""
     script = (
         f"open('{folder / 'count'}', 'a').write('x'); import time; time.sleep(0.2); raise SystemExit({code})"
     )
-    return Step("counting", [sys.executable, "-c", script], folder / "count")
+    return Step("counting", [sys.executable, "-c", script], folder / made, **options)
+
+
+def count(folder):
+    return len((folder / "count").read_text())
 
 
 def test_what_is_done_is_not_done_again(tmp_path):
     step, record = counting(tmp_path), tmp_path / "steps/00.json"
     for _ in range(2):
         run_step(step, record, None)
-    assert (tmp_path / "count").read_text() == "x"
+    assert count(tmp_path) == 1
     (tmp_path / "count").unlink()  # unless what it made is gone
     run_step(step, record, None)
-    assert (tmp_path / "count").read_text() == "x"
+    assert count(tmp_path) == 1
 
 
 def test_what_failed_is_done_again_and_its_time_adds_up(tmp_path):
@@ -84,28 +90,96 @@ def test_what_failed_is_done_again_and_its_time_adds_up(tmp_path):
     told = json.loads(record.read_text())
     assert not told["done"]
     record.write_text(json.dumps({**told, "seconds": 100.0}))
-    with pytest.raises(subprocess.CalledProcessError):
-        run_step(counting(tmp_path, code=3), record, None)
-    assert (tmp_path / "count").read_text() == "xx"
+    run_step(counting(tmp_path), record, None)  # with another command: what failed may be mended
+    assert count(tmp_path) == 2
     assert json.loads(record.read_text())["seconds"] > 100
 
 
-def test_a_step_of_other_options_is_refused(tmp_path):
-    run_step(counting(tmp_path), tmp_path / "00.json", None)
-    with pytest.raises(ValueError, match="counting was begun with another command"):
-        run_step(counting(tmp_path, code=4), tmp_path / "00.json", None)
+def test_what_is_done_with_other_words_is_refused(tmp_path):
+    config = tmp_path / "stage.yaml"
+    config.write_text("epochs: 3\n")
+    run_step(counting(tmp_path, config=config), tmp_path / "00.json", None)
+    with pytest.raises(ValueError, match="counting was done with another command;"):
+        run_step(counting(tmp_path, code=4, config=config), tmp_path / "00.json", None)
+    config.write_text("epochs: 4\n")
+    with pytest.raises(ValueError, match="counting was done with another config;"):
+        run_step(counting(tmp_path, config=config), tmp_path / "00.json", None)
+    assert count(tmp_path) == 1
+
+
+def test_a_command_that_makes_nothing_is_not_done(tmp_path):
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match=r"counting ended well, but .*nothing is not there"):
+            run_step(counting(tmp_path, made="nothing"), tmp_path / "00.json", None)
+    assert count(tmp_path) == 2
+
+
+def test_what_a_killed_step_left_is_removed_where_it_starts_anew(tmp_path):
+    """As where `fer calibrate` was killed between its last rename and its end."""
+    left = tmp_path / "model"
+    script = f"import os; os.mkdir('{left}')"
+    step = Step("making", [sys.executable, "-c", script], left, anew=True)
+    left.mkdir()
+    (left / "old").touch()
+    run_step(step, tmp_path / "00.json", None)
+    assert list(left.iterdir()) == []
+
+
+FLAGS = ["--fer2013", "a", "--ferplus", "b", "--faces", "c", "--scale", "tiny"]
+
+
+def waiting(folder):
+    return Step("waiting", [sys.executable, "-c", "import time; time.sleep(60)"], folder / "never")
 
 
 def test_it_stops_in_time_and_goes_on(tmp_path, monkeypatch, capsys):
-    waits = Step("waiting", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "never")
-    monkeypatch.setattr(Release, "steps", lambda self: iter([counting(tmp_path), waits]))
-    flags = ["--fer2013", "a", "--ferplus", "b", "--faces", "c", "--out", str(tmp_path / "out")]
-    for _ in range(2):
+    out = tmp_path / "out"
+    run_step(counting(tmp_path), out / "steps/00.json", None)
+    monkeypatch.setattr(Release, "steps", lambda self: iter([counting(tmp_path), waiting(tmp_path)]))
+    for minutes in ("0.01", "0"):
         with pytest.raises(SystemExit) as stop:
-            main([*flags, "--scale", "tiny", "--minutes", "0.02"])
+            main([*FLAGS, "--out", str(out), "--minutes", minutes])
         assert stop.value.code == 75
-    assert (tmp_path / "count").read_text() == "x"
+    assert count(tmp_path) == 1
     assert "the same command goes on" in capsys.readouterr().out
+    assert not json.loads((out / "steps/01.json").read_text())["done"]
+
+
+SLEEPER = """
+import sys
+from pathlib import Path
+import release
+folder = Path(sys.argv[1])
+script = f"import os, time; open('{folder}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
+step = release.Step("waiting", [sys.executable, "-c", script], folder / "never")
+release.Release.steps = lambda self: iter([step])
+release.main([*sys.argv[2:], "--out", str(folder / "out")])
+"""
+
+
+def test_what_it_started_ends_with_it_and_nobody_else_is_at_work(tmp_path):
+    command = [sys.executable, "-c", SLEEPER, str(tmp_path), *FLAGS]
+    first = subprocess.Popen(command, cwd=release.ROOT)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    second = subprocess.run(command, cwd=release.ROOT, capture_output=True, text=True, timeout=60)
+    assert "another release.py is at work in" in second.stderr
+    first.terminate()
+    assert first.wait(timeout=30) == 143
+    child = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not Path(f"/proc/{child}").exists())
+
+
+def wait_for(happened, seconds=60):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", ["a,b", "a=b"])
+def test_a_folder_whose_name_cannot_be_passed_on(name, tmp_path):
+    with pytest.raises(SystemExit, match="its name must hold no comma"):
+        main([*FLAGS, "--out", str(tmp_path / name)])
 
 
 def write_fer2013(folder):
@@ -137,7 +211,8 @@ def test_the_whole_recipe(tmp_path):
     subprocess.run(command, cwd=tmp_path, check=True, timeout=1500)
     out = tmp_path / "out"
     told = json.loads((out / "summary.json").read_text())
-    assert set(told["took"]) == {"pretrain", "image", "second", "video"}
+    assert set(told["trainings"]) == {"pretrain", "image", "second", "video"}
+    assert len(told["seconds"]) == len(list((out / "steps").iterdir())) == 14
     assert told["chosen"] in ("image", "second/round-1/run")
     assert yaml.safe_load((out / "final/model/README.md").read_text().split("---")[1])["library_name"]
     assert (out / "export/onnx").is_dir()

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from modeling_fer.cli.options import add_model
 from modeling_fer.data import schema
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.collection import expressions_of
@@ -25,7 +24,7 @@ KEPT = ("arguments.json", "history.jsonl", "environment.json", "learning_curve.p
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The grammar."""
-    add_model(parser)
+    parser.add_argument("--model", required=True, help="model folder, of a classifier of stills")
     parser.add_argument("--data", required=True, help="prepared data set that the model has not learnt from")
     parser.add_argument("--split", default="validation", choices=schema.SPLITS)
     parser.add_argument("--out", required=True, help="run folder to write; the model goes into its model/")

@@ -34,11 +34,15 @@ class RiskCoverage:
         return float(1 - self.accuracy.mean())
 
     def summary(self, coverages: Sequence[float] = COVERAGES) -> dict[str, Any]:
-        """The area, and accuracy and threshold at the least coverages that reach these."""
-        places = [int(np.searchsorted(self.coverage, share - 1e-9)) for share in coverages]
+        """The area, and the thresholds that just let these shares be answered: coverage and accuracy there.
+
+        Examples of one confidence are answered together, so that a coverage may be above what was asked for.
+        """
+        ends = np.append(np.flatnonzero(np.diff(self.threshold)), len(self.threshold) - 1)
+        places = [int(ends[np.searchsorted(self.coverage[ends], share - 1e-9)]) for share in coverages]
         return {
             "aurc": self.aurc,
-            "coverage": [float(share) for share in coverages],
+            "coverage": [float(self.coverage[place]) for place in places],
             "accuracy": [float(self.accuracy[place]) for place in places],
             "threshold": [float(self.threshold[place]) for place in places],
         }

@@ -188,6 +188,7 @@ def read_data(arguments: dict[str, Any], start: Path, by_encoder: bool) -> list[
     data = []
     for part in arguments["data"].split(","):
         role, path = part.split("=", 1) if "=" in part else ("labelled", part)
+        is_soft = bool(arguments.get("soft_labels"))  # else FER2013's own labels alone count
         folder = reach(path, start)
         report = (read_json(folder / "report.json") if folder else None) or {}
         options = report.get("options", {})
@@ -198,7 +199,7 @@ def read_data(arguments: dict[str, Any], start: Path, by_encoder: bool) -> list[
                 report.get("source", ""),
                 report.get("counts"),
                 report.get("warnings", []),
-                bool(options.get("ferplus")) and options.get("rule") != "fer2013",
+                bool(options.get("ferplus")) and (options.get("rule") != "fer2013" or is_soft),
                 by_encoder=by_encoder,
             )
         )

@@ -20,7 +20,7 @@ def test_a_curve_by_hand():
     np.testing.assert_allclose(found.threshold, [0.9, 0.8, 0.7, 0.6])
     assert found.aurc == pytest.approx(1 - (1 + 1 / 2 + 2 / 3 + 1 / 2) / 4)
     told = found.summary((1.0, 0.5, 0.4))
-    assert told["coverage"] == [1.0, 0.5, 0.4]
+    assert told["coverage"] == [1.0, 0.5, 0.5]
     np.testing.assert_allclose(told["accuracy"], [1 / 2, 1 / 2, 1 / 2])
     np.testing.assert_allclose(told["threshold"], [0.6, 0.8, 0.8])
 
@@ -28,6 +28,9 @@ def test_a_curve_by_hand():
 def test_equal_confidence_counts_with_its_mean():
     found = risk_coverage([0, 1, 1, 0], table([0.7] * 4))
     np.testing.assert_allclose(found.accuracy, [0.5] * 4)
+    told = risk_coverage([0, 1, 1, 0, 0], table([0.7] * 4 + [0.9])).summary((0.5, 0.2))
+    assert told["coverage"] == [1.0, 0.2]  # at 0.7 all are answered
+    assert told["threshold"] == [0.7, 0.9]
 
 
 cases = st.lists(

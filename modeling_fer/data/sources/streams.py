@@ -58,13 +58,14 @@ def distinct_stills(options: StreamsOptions) -> Dataset:
     data = schema.load(options.stills)
     if options.stills_split not in data:
         raise FileNotFoundError(f"{options.stills} has no split {options.stills_split}")
-    split = data[options.stills_split]
+    split = data[options.stills_split].filter(lambda label: label != IGNORE, input_columns="expression")
+    if not len(split):
+        raise ValueError(f"{options.stills}: no still of {options.stills_split} has a label")
     size = split[0]["image"].width
     held_out = options.stills_split != "train" and "train" in data
     known = set(map(digest, decode_split(data["train"], size))) if held_out else set()
     found = {digest(face): row for row, face in enumerate(decode_split(split, size))}
-    labels = np.asarray(split["expression"][:])
-    rows = sorted(row for mark, row in found.items() if mark not in known and labels[row] != IGNORE)
+    rows = sorted(row for mark, row in found.items() if mark not in known)
     if not rows:
         raise ValueError(f"{options.stills}: no labelled still of {options.stills_split} is not in train too")
     return split.select(rows).cast_column("image", Image(decode=False))
@@ -109,7 +110,7 @@ def examples(options: StreamsOptions) -> Iterator[Item]:
         for stream in range(getattr(options, split)):
             for frame, row in enumerate(segments(pools, options, rng)):
                 name = f"{split}{stream:03d}"
-                origin = f"{options.stills}, {options.stills_split}, still {row}"
+                origin = f"{options.stills}, {options.stills_split}, labelled still {row} of those used"
                 yield Example(
                     split, images[row]["bytes"], origin, "streams", int(labels[row]), video=name, frame=frame
                 )
