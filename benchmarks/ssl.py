@@ -98,6 +98,7 @@ PUBLISHED = {
 }
 BASELINES = ("FixMatch", "FixMatch, balanced", "supervised, balanced")
 FIGURES = ("accuracy", "macro_f1", "worst_recall")
+COSTS = ("trained_parameters", "images_per_second", "peak_memory_mib")
 
 
 def label_counts(protocol: str, sizes: np.ndarray) -> np.ndarray:
@@ -164,8 +165,11 @@ def score(model_folder: Path, data: Path, split: str) -> dict[str, Any]:
     }
 
 
-def cost(run: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Trained parameters, labelled images a second, and peak memory of the process so far."""
+def cost_of(run: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Trained parameters, labelled images a second, and peak memory of the process so far.
+
+    So memory is that of a cell only where each has a process of its own.
+    """
     adapter = run / "model/adapter/adapter_model.safetensors"
     with safe_open(adapter if adapter.exists() else run / "model/model.safetensors", "np") as weights:
         trained = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
@@ -221,7 +225,7 @@ def run_one(
         "slice": score(run / "run/model", data, "validation"),
         "PublicTest": score(run / "run/model", data, "test"),
         "last_round": rounds[-1] if rounds else None,
-        **cost(run / "run", history),
+        **cost_of(run / "run", history),
         "settings": {k: str(v) for k, v in settings.items() if k not in ("data", "output_dir", "encoder")},
         "extra": extra,
         "unlabelled": [Path(path).name for path in beside],
@@ -262,6 +266,10 @@ def tabulate(root: Path, name: str) -> None:
             for key in ("pseudo_label_rate", "pseudo_label_accuracy"):  # of the last round
                 values = [last[key] for last in rounds if key in last]
                 entry[key] = statistics.mean(values) if values else None
+            costs = [row for row in found if "trained_parameters" in row]  # earlier runs did not note it
+            entry["cost"] = (
+                {key: statistics.mean(row[key] for row in costs) for key in COSTS} if costs else None
+            )
             summary.append(entry)
     gains = []
     for ((protocol, method), found), over in itertools.product(cells.items(), BASELINES):
@@ -290,6 +298,11 @@ def tabulate(root: Path, name: str) -> None:
         rates = [entry[key] for key in ("pseudo_label_rate", "pseudo_label_accuracy")]
         shown += " | " + ", ".join("-" if rate is None else f"{100 * rate:.1f}" for rate in rates)
         print(f"| {entry['protocol']} | {entry['method']} | {entry['seeds']} | {shown} |")
+    print("| labels | method | trained parameters | images/s | peak memory, MiB |\n|---|---|---|---|---|")
+    for entry in summary:
+        if cost := entry["cost"]:
+            shown = " | ".join(f"{cost[key]:,.0f}" for key in COSTS)
+            print(f"| {entry['protocol']} | {entry['method']} | {shown} |")
     for gain in gains:
         shown = ", ".join(
             f"{k} {100 * gain[k][0]:+.1f} ({100 * gain[k][1]:+.1f} to {100 * gain[k][2]:+.1f})"
