@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 import release
+import train
 from modeling_fer.data.sources.fer2013 import VOTES
 from modeling_fer.data.sources.synthetic import SyntheticOptions, examples
 from modeling_fer.labels import FER2013_ORDER, class_id
@@ -149,6 +150,7 @@ SLEEPER = """
 import sys
 from pathlib import Path
 import release
+import train
 folder = Path(sys.argv[1])
 script = f"import os, time; open('{folder}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
 step = release.Step("waiting", [sys.executable, "-c", script], folder / "never")
@@ -218,3 +220,16 @@ def test_the_whole_recipe(tmp_path):
     assert (out / "export/onnx").is_dir()
     again = subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True)
     assert "pretraining" not in again.stdout  # all is there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_the_image_stage_of_each_scale_trains(scale, prepared, tmp_path):
+    """With every option that it sets, at a tiny size."""
+    made = recipe(tmp_path, scale=scale)
+    made.write_configs()
+    small = ["--image_size=16", "--patch_size=8", "--hidden_size=16", "--num_layers=1", "--num_heads=2"]
+    steps = ["--max_steps=4", "--batch_size=8", "--eval_steps=4", "--save_steps=4", "--encoder="]
+    places = [f"--data={prepared}", f"--output_dir={tmp_path / 'run'}"]
+    train.train(parse_arguments(["--config", str(made.config("image")), *small, *steps, *places]))
+    assert (tmp_path / "run/metrics.json").exists()

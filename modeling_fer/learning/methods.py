@@ -85,7 +85,9 @@ def step_maker(
         return FixMatchStep(model=prepared, labeler=labeler, teacher_ema=arguments.teacher_ema, **common)
 
     def feedback(prepared: nn.Module, total: int) -> Step:
-        plain = copy.deepcopy(trained)
+        plain = copy.deepcopy(trained)  # not compiled, even where the student is
+        if arguments.compile:
+            plain.compile()
         rate, decay = arguments.learning_rate, arguments.weight_decay
         optimizer = build_optimizer(plain, rate, decay, arguments.layer_decay)
         schedule = build_schedule(optimizer, arguments.warmup, total, arguments.finetune)
