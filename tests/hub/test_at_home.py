@@ -241,6 +241,8 @@ def assert_judged_as_by_fer_eval(run, data, out):
     assert main(["eval", "--model", str(run / "model"), "--data", str(data), "--out", str(out)]) == 0
     found = json.loads((out / "metrics.json").read_text())
     rounded = {key: pytest.approx(found[key], abs=1e-5) for key in ("ece", "nll")}
+    sure, expected = told.pop("selective"), found.pop("selective")
+    assert sure == {key: pytest.approx(value, abs=1e-5) for key, value in expected.items()}
     assert told == {**found, **rounded}
 
 
