@@ -159,7 +159,10 @@ class Release:
         yield Step("labelling and second round", rounds, second, self.config("second"))
         calibrate = [*fer, "calibrate", "--model", str(self.better() / "model"), "--data", blend]
         yield Step(
-            "calibration", [*calibrate, "--grey", "--half", "--out", str(final)], final / "model", anew=True
+            "calibration",
+            [*calibrate, "--bias", "--grey", "--half", "--out", str(final)],
+            final / "model",
+            anew=True,
         )
         judge = [*fer, "eval", "--model", image_model, "--data", blend, "--out", str(final / "validation")]
         yield Step("evaluation", judge, final / "validation/metrics.json")

@@ -14,6 +14,7 @@ from modeling_fer.data.augment import Normalize
 from modeling_fer.data.collection import expressions_of
 from modeling_fer.data.pixels import decode_split
 from modeling_fer.evaluation.metrics import compute_metrics
+from modeling_fer.labels import CLASSES
 from modeling_fer.learning.inference import load_classifier, predict_probabilities
 
 
@@ -53,6 +54,12 @@ def test_it_makes_a_model_less_sure_and_changes_no_answer(sure, prepared, tmp_pa
     assert {value.dtype for value in load_file(out / "model/model.safetensors").values()} == {torch.float16}
     assert json.loads((out / "model/config.json").read_text())["dtype"] == "float32"
     assert (out / "arguments.json").exists()  # the run's records come along
+
+    again = tmp_path / "biased"
+    assert main([*command[:-1], str(again), "--bias"]) == 0
+    record = json.loads((again / "calibration.json").read_text())
+    assert set(record["bias"]) == set(CLASSES)
+    assert scores(again / "model", prepared)[0]["nll"] <= after["nll"] + 1e-3
 
     assert main(command) == 2
     assert "is there already" in capsys.readouterr().err

@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grey", action="store_true", help="the faces learnt from were grey: see colour as grey"
     )
+    parser.add_argument(
+        "--bias",
+        action="store_true",
+        help="fit a bias of each class as well: for labels that came about otherwise than those learnt from",
+    )
     parser.add_argument("--half", action="store_true", help="store the weights in half precision")
     parser.set_defaults(run=run)
 
@@ -53,16 +58,18 @@ def run(args: argparse.Namespace) -> int:
     normalize = Normalize(processor.image_mean, processor.image_std)
     before = predict_probabilities(model, np.array(pixels), normalize, show_progress=True)
     references = references[labelled]
-    temperature, after = calibrate(model, np.log(np.maximum(before, 1e-30)), references)
+    logits = np.log(np.maximum(before, 1e-30))
+    temperature, bias, after = calibrate(model, logits, references, args.bias)
     record: dict[str, Any] = {
         "data": Path(args.data).name,
         "split": args.split,
         "faces": len(references),
         "temperature": temperature,
+        "bias": dict(zip(names, bias.tolist(), strict=True)) if args.bias else None,
     }
     for name, found in {"before": before, "cross_fitted": after}.items():
         scores = compute_metrics(references, found.argmax(-1), found, names, bootstrap_samples=0)
-        record[name] = {key: scores[key] for key in ("ece", "nll")}
+        record[name] = {key: scores[key] for key in ("ece", "nll", "accuracy", "macro_f1_present")}
     if args.grey:
         fold_grey(model, processor)
 

@@ -4,8 +4,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from torch import nn
 
+from modeling_fer.evaluation.calibration import fit_bias_corrected
 from modeling_fer.evaluation.tuning import fit_temperature
 
 # Weights of red, green and blue in brightness, ITU-R BT.601, as Pillow turns colour into grey.
@@ -50,26 +52,40 @@ def fold_grey(model: nn.Module, processor: Any) -> None:
     weight.copy_(weight.sum(dim=1, keepdim=True) * luma)
 
 
+@torch.no_grad()
+def fold_bias(model: nn.Module, bias: np.ndarray) -> None:
+    """Add biases `(C,)` to a classifier's logits, in its last layer."""
+    classifier: Any = model.classifier
+    classifier.bias += torch.from_numpy(bias).to(classifier.bias)
+
+
 def calibrate(
-    model: nn.Module, logits: np.ndarray, references: np.ndarray, seed: int = 0
-) -> tuple[float, np.ndarray]:
-    """Fit a temperature, fold it into a classifier, and tell how it does on faces that it was not fitted on.
+    model: nn.Module, logits: np.ndarray, references: np.ndarray, with_bias: bool = False, seed: int = 0
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Fit a temperature, and biases if asked to; fold them into a classifier; tell how it does elsewhere.
 
     Args:
         logits: `(N, C)` of labelled faces that the model has not learnt from.
         references: `(N,)` places of their classes among the C, none missing.
+        with_bias: see `fit_bias_corrected`; else the temperature alone is fitted.
 
     Returns:
-        The temperature, and the probabilities `(N, C)` of each face at the temperature fitted on the other
-        half of the faces.
+        The temperature, the biases `(C,)` (0 unless asked for), and the probabilities `(N, C)` of each face
+        as fitted on the other half of the faces.
     """
+
+    def fitted(rows: np.ndarray) -> tuple[float, np.ndarray]:
+        if with_bias:
+            return fit_bias_corrected(logits[rows], references[rows])
+        return fit_temperature(logits[rows], references[rows]), np.zeros(logits.shape[1])
+
     half = np.random.default_rng(seed).permutation(len(logits)) % 2
     probabilities = np.empty(logits.shape, dtype=np.float32)
     for part in (0, 1):
         there = half == part
-        temperature = fit_temperature(logits[~there], references[~there])
-        scaled = torch.from_numpy(logits[there]).double() / temperature
-        probabilities[there] = scaled.softmax(-1).float().numpy()
-    temperature = fit_temperature(logits, references)
+        temperature, bias = fitted(~there)
+        probabilities[there] = softmax(logits[there].astype(np.float64) / temperature + bias, axis=1)
+    temperature, bias = fitted(np.ones(len(logits), dtype=bool))
     fold_temperature(model, temperature)
-    return temperature, probabilities
+    fold_bias(model, bias)
+    return temperature, bias, probabilities

@@ -58,7 +58,7 @@ def test_calibration_finds_the_temperature_that_the_labels_were_drawn_at(make_mo
     references = (shares.cumsum(1) < rng.random((len(true), 1))).sum(1).clip(max=7)
     model = make_model()
     weight = model.classifier.weight.detach().clone()
-    temperature, probabilities = calibrate(model, (true * 3).astype(np.float32), references)
+    temperature, _, probabilities = calibrate(model, (true * 3).astype(np.float32), references)
     assert temperature == pytest.approx(3, rel=0.05)
     torch.testing.assert_close(model.classifier.weight, weight / temperature)
     assert np.abs(probabilities - shares).max() < 0.03
