@@ -68,3 +68,10 @@ def test_commands_take_it_where_no_model_is_named(where, tmp_path):
     probabilities = json.loads(found.stdout)["probabilities"]
     assert set(probabilities) == set(CLASSES) - {"Other"}
     assert sum(probabilities.values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_its_code_is_that_of_the_package():
+    for path in sorted(SHIPPED.glob("*_fer.py")):
+        assert path.read_text() == (SHIPPED.parents[1] / "modeling_fer" / path.name).read_text(), (
+            f"{path} is outdated: cp modeling_fer/*_fer.py {SHIPPED}"
+        )
