@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent
 STAGES = ("pretrain", "image", "second", "video")
 SCALED = {*STAGES, "accelerate", "select", "streams", "folds"}  # what a file of configs/release/ may hold
 OWN_WEIGHT = "0.5"  # of FER2013's own label, beside the votes of FER+
-# For glibc: freed memory is kept, and lies on huge pages. What it gains on a CPU is in docs/experiments.md.
+# For glibc: freed memory is kept, and lies on huge pages; `benchmarks.efficiency` says what that gains.
 HUGE_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Peers and ours on the same faces, from nothing to benchmarks/peers.md:
 #
-#     sh benchmarks/peers/run.sh runs/release/image/model
+#     sh benchmarks/peers/run.sh checkpoints/abaw-fer-small
 #
 # Prepared data first: `fer data prepare fer2013` into data/fer2013, and labelled faces of another source, with
 # `fer data prepare folder --validation_fraction 0 --test_fraction 0`, into data/faces_labelled. Then everything
