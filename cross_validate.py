@@ -28,7 +28,8 @@ from modeling_fer.data.augment import Normalize
 from modeling_fer.data.collection import Collection
 from modeling_fer.evaluation.metrics import compute_metrics, write_whole
 from modeling_fer.evaluation.tuning import VideoLogits, cross_fit, fit
-from modeling_fer.learning.arguments import FerTrainingArguments, parse_arguments
+from modeling_fer.learning.arguments import FerTrainingArguments
+from modeling_fer.learning.command_line import parse_arguments
 from modeling_fer.learning.features import frame_features
 from modeling_fer.learning.inference import class_names, load_model
 from modeling_fer.learning.timelines import predict_tracks, tracks_of, video_logits

@@ -4,12 +4,13 @@
     python release.py ... --scale gpu             # ViT-Small at 96 px, hundreds of epochs
     python release.py ... --minutes 9             # stops in time; the same command goes on
 
-prepare the data -> pretrain on faces without labels -> image stage -> label the unlabelled faces and train
-again -> the better of the two by validation, calibrated and judged -> temporal stage on simulated streams ->
-card -> exports. Steps that are done are not done again; trainings and labelling go on where they were
-stopped, other steps start anew. Each is a command that is printed and can be run by hand; what they took and
-gave is in OUT/summary.json. On a CPU the faces without labels are learnt from before and after the image
-stage; with `--scale gpu` in it, too.
+prepare the data -> first round: a teacher -> pretrain a ViT on faces without labels -> second round: the
+teacher labels those faces, and the ViT learns from its probabilities and from all labels -> the better of the
+two by validation, calibrated and judged -> temporal stage on simulated streams -> card -> exports. Steps that
+are done are not done again; trainings and labelling go on where they were stopped, other steps start anew.
+Each is a command that is printed and can be run by hand; what they took and gave is in OUT/summary.json. On a
+CPU the teacher is a convolutional network, which learns from few faces in little time; with `--scale gpu` it
+is a ViT that was pretrained, too, and learns from faces without labels as well.
 """
 
 import argparse
@@ -107,14 +108,17 @@ class Release:
         unlabelled, encoder = f",unlabelled={data / 'faces'}", out / "pretrain" / "model"
         places: dict[str, dict[str, Any]] = {
             "pretrain": {"data": f"labelled={data / 'fer2013'}{unlabelled}"},
-            "image": {"data": f"labelled={data / 'blend'}", "encoder": encoder},
-            "second": {"data": data / "blend", "encoder": out / "image" / "model"},
+            "image": {"data": f"labelled={data / 'blend'}"},
+            "second": {"data": data / "blend", "encoder": encoder, "teacher": out / "image" / "model"},
             "video": {"data": data / "streams", "encoder": out / "final" / "model"},
         }
         for stage, place in places.items():
             common = yaml.safe_load((ROOT / "configs" / f"release_{stage}.yaml").read_text(encoding="utf-8"))
             given = {name: str(value) for name, value in {**place, "output_dir": out / stage}.items()}
             merged = {**common, **scaled.get(stage, {}), **given}
+            if stage == "image":
+                new = merged.get("encoder_config")
+                merged.update({"encoder_config": str(ROOT / new)} if new else {"encoder": str(encoder)})
             if merged.get("method", "supervised") != "supervised":
                 merged["data"] += unlabelled
             write_whole(self.config(stage), yaml.safe_dump(merged, sort_keys=False).encode())

@@ -25,7 +25,7 @@ from modeling_fer.data.feed import Streamed, joined
 from modeling_fer.evaluation import plots
 from modeling_fer.hub.card import write_card
 from modeling_fer.hub.push import push, summary
-from modeling_fer.learning.arguments import FerTrainingArguments, parse_arguments
+from modeling_fer.learning.arguments import FerTrainingArguments
 from modeling_fer.learning.checkpoint import (
     Stateful,
     drop_later,
@@ -35,6 +35,7 @@ from modeling_fer.learning.checkpoint import (
     save_checkpoint,
     write_folder,
 )
+from modeling_fer.learning.command_line import parse_arguments
 from modeling_fer.learning.environment import Environment
 from modeling_fer.learning.history import History
 from modeling_fer.learning.image import image_stage

@@ -29,7 +29,8 @@ from modeling_fer.data.prepare import prepare
 from modeling_fer.data.sources.synthetic import SyntheticOptions
 from modeling_fer.evaluation.metrics import write_whole
 from modeling_fer.labels import CLASSES
-from modeling_fer.learning.arguments import FerTrainingArguments, parse_arguments
+from modeling_fer.learning.arguments import FerTrainingArguments
+from modeling_fer.learning.command_line import parse_arguments
 from modeling_fer.learning.environment import device_name
 from modeling_fer.learning.image import build_model
 from modeling_fer.learning.optimization import choose_precision, cpu_cores, use_cpu

@@ -12,7 +12,7 @@ from unittest import mock
 
 import train
 from modeling_fer.learning import image
-from modeling_fer.learning.arguments import parse_arguments
+from modeling_fer.learning.command_line import parse_arguments
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -38,7 +38,7 @@ from modeling_fer.data.pixels import decode_split
 from modeling_fer.evaluation import plots
 from modeling_fer.evaluation.metrics import compute_metrics, write_whole
 from modeling_fer.labels import CLASSES
-from modeling_fer.learning.arguments import parse_arguments
+from modeling_fer.learning.command_line import parse_arguments
 from modeling_fer.learning.inference import (
     class_names,
     load_classifier,

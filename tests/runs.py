@@ -20,7 +20,7 @@ def work(argv: list[str], log: Path, killed_before: int | None) -> None:
             os.dup2(file.fileno(), stream.fileno())
     os.environ["ACCELERATE_USE_CPU"] = "true"
     import train
-    from modeling_fer.learning.arguments import parse_arguments
+    from modeling_fer.learning.command_line import parse_arguments
 
     seed_step = train.seed_step
 

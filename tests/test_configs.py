@@ -12,7 +12,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 
 import pseudo_label
-from modeling_fer.learning.arguments import parse_arguments
+from modeling_fer.learning.command_line import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

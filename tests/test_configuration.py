@@ -89,10 +89,19 @@ def test_class_ids_with_a_gap_are_refused():
         FerConfig(id2label={1: "Anger", 2: "Fear"})
 
 
-@pytest.mark.parametrize("kind", ["CLIPConfig", "ResNetConfig", "BertConfig"])
-def test_what_is_no_plain_vision_transformer_is_refused(kind):
-    with pytest.raises(ValueError, match=f"{kind} has none: is it a vision transformer"):
+@pytest.mark.parametrize("kind", ["CLIPConfig", "BertConfig"])
+def test_what_is_no_plain_vision_encoder_is_refused(kind):
+    with pytest.raises(ValueError, match=f"{kind} has none: is it a vision encoder"):
         FerConfig(encoder_config=getattr(transformers, kind)())
+
+
+def test_an_encoder_of_any_size_needs_one():
+    config = transformers.ResNetConfig(hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    with pytest.raises(ValueError, match="image_size is missing: ResNetConfig takes images of any size"):
+        FerConfig(encoder_config=config)
+    taken = FerConfig(encoder_config=config, image_size=32)
+    assert (taken.image_size, taken.feature_size, taken.gives_maps) == (32, 16, True)
+    assert (FerConfig().feature_size, FerConfig().gives_maps) == (192, False)
 
 
 def test_an_encoder_dict_of_unknown_kind_is_refused():

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -120,6 +121,43 @@ def test_checkpointed_gradients_are_the_same(make_model):
     assert any(getattr(m, "gradient_checkpointing", False) for m in saving.modules())
     for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+# -- encoders of maps -------------------------------------------------------------------------------
+
+MAPS = {
+    "regnet": ("RegNetConfig", {"embedding_size": 8, "groups_width": 4, "downsample_in_first_stage": False}),
+    "resnet": ("ResNetConfig", {"embedding_size": 8, "layer_type": "basic"}),
+    "convnextv2": ("ConvNextV2Config", {"patch_size": 2, "num_stages": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", MAPS)
+@pytest.mark.parametrize("pooling", ["mean", "pooler"])
+def test_a_map_is_pooled_over_its_places(kind, pooling, make_model, tmp_path):
+    name, options = MAPS[kind]
+    config = getattr(transformers, name)(hidden_sizes=[8, 16], depths=[1, 1], **options)
+    model = make_model(config, image_size=32, pooling=pooling)
+    encoded = model.fer(faces(size=32))
+    assert encoded.last_hidden_state.shape[:2] == (2, 16)
+    places = encoded.last_hidden_state.sum((2, 3)) / encoded.last_hidden_state[0, 0].numel()
+    if pooling == "pooler":
+        places = model.fer.encoder(faces(size=32)).pooler_output.reshape(2, 16)
+    by_hand = F.layer_norm(places, (16,), model.fer.norm.weight, model.fer.norm.bias)
+    assert torch.allclose(encoded.pooler_output, by_hand, atol=1e-6)
+    logits = model(faces(size=32), labels=torch.tensor([1, 5])).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(faces(size=32)).logits, logits)
+    again = FerForImageClassification.from_encoder_pretrained(tmp_path, pooling=pooling).eval()
+    assert torch.equal(again.fer.encoder(faces(size=32)).last_hidden_state, encoded.last_hidden_state)
+
+
+def test_a_map_has_no_class_token(make_model):
+    config = transformers.ResNetConfig(hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    model = make_model(config, image_size=32, pooling="cls")
+    with pytest.raises(ValueError, match="pooling='cls', but ResNetModel has no class token; use 'mean'"):
+        model(faces(size=32))
 
 
 # -- initial weights --------------------------------------------------------------------------------
@@ -333,7 +371,7 @@ def test_a_text_model_is_no_encoder(tmp_path):
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32
     )
     BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="BertConfig has none: is it a vision transformer"):
+    with pytest.raises(ValueError, match="BertConfig has none: is it a vision encoder"):
         FerForImageClassification.from_encoder_pretrained(tmp_path)
 
 

@@ -18,7 +18,7 @@ import train
 from modeling_fer.data.sources.fer2013 import VOTES
 from modeling_fer.data.sources.synthetic import SyntheticOptions, examples
 from modeling_fer.labels import FER2013_ORDER, class_id
-from modeling_fer.learning.arguments import parse_arguments
+from modeling_fer.learning.command_line import parse_arguments
 from release import Release, Step, main, run_step
 
 SCALES = ("cpu", "gpu", "tiny")
@@ -38,8 +38,12 @@ def test_each_stage_has_a_configuration_that_train_reads(scale, tmp_path):
         if stage in release.STAGES:
             assert all(getattr(parsed[stage], name) == value for name, value in changed.items())
     assert parsed["pretrain"].stage == "pretrain"
-    assert parsed["image"].encoder == str(made.out / "pretrain/model")
-    assert parsed["second"].encoder == str(made.out / "image/model")
+    image = parsed["image"]
+    assert image.encoder == ("" if image.encoder_config else str(made.out / "pretrain/model"))
+    assert bool(image.encoder_config) == (scale != "gpu")
+    assert parsed["second"].encoder == str(made.out / "pretrain/model")
+    assert parsed["second"].teacher == str(made.out / "image/model")
+    assert image.image_size == parsed["pretrain"].image_size  # what a teacher sees, its student sees
     assert (parsed["video"].stage, parsed["video"].encoder) == ("video", str(made.out / "final/model"))
     assert len({arguments.output_dir for arguments in parsed.values()}) == len(parsed)
 

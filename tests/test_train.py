@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from modeling_fer import FerForImageClassification
 from modeling_fer.data import schema
-from modeling_fer.learning.arguments import FREE_ON_RESUME, parse_arguments
+from modeling_fer.learning.arguments import FREE_ON_RESUME
+from modeling_fer.learning.command_line import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 # Not accelerate's launcher: on CPUs it starts one process, whatever the number that is asked for.
@@ -206,6 +207,39 @@ def test_starts_from_a_saved_encoder(finished, prepared, tmp_path):
     encoder = [name for name in before if name.startswith("fer.encoder.")]
     assert encoder
     assert all(torch.equal(before[name], after[name]) for name in encoder)
+
+
+def test_a_new_encoder_of_any_kind_is_the_same_when_resumed(prepared, tmp_path):
+    """Batch norms, too, go on where they were."""
+    config = tmp_path / "encoder.json"
+    stages = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4}
+    config.write_text(json.dumps({"model_type": "regnet", "downsample_in_first_stage": False, **stages}))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(prepared, whole, encoder_config=config)
+    run(prepared, parts, encoder_config=config)
+    shutil.rmtree(parts / "checkpoints/step_00000012")
+    run(prepared, parts, encoder_config=config, resume="auto")
+    assert_same_run(whole, parts)
+    model = FerForImageClassification.from_pretrained(whole / "model")
+    assert model.config.encoder_config.model_type == "regnet"
+    assert model.fer.encoder.embedder.embedder.normalization.running_mean.abs().max() > 0
+
+
+def test_a_student_learns_from_its_teacher(finished, prepared, tmp_path):
+    """With the teacher's share whole, labels do not count; with none, the teacher does not."""
+    few = {"max_steps": 3, "eval_steps": 3, "save_steps": 3, "teacher": finished / "model"}
+    losses = {}
+    for name, options in {
+        "plain": {"teacher": ""},
+        "none": {"distillation": 0},
+        "half": {"distillation": 0.5},
+        "whole": {"distillation": 1},
+    }.items():
+        run(prepared, tmp_path / name, **{**few, **options})
+        losses[name] = [row["loss"] for row in history(tmp_path / name) if "loss" in row]
+    assert losses["plain"] == losses["none"]
+    assert losses["half"][0] == pytest.approx((losses["none"][0] + losses["whole"][0]) / 2, rel=1e-3)
+    assert losses["whole"][0] != pytest.approx(losses["none"][0], rel=1e-3)
 
 
 def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(prepared, tmp_path):

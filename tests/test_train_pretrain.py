@@ -19,7 +19,7 @@ from transformers.utils import logging
 import train
 from modeling_fer import FerForImageClassification
 from modeling_fer.data import schema
-from modeling_fer.learning.arguments import parse_arguments
+from modeling_fer.learning.command_line import parse_arguments
 from tests.test_train import STEPS, TWO_PROCESSES, assert_same_run, command, environment, history, run
 
 PRETRAIN = {"stage": "pretrain", "decoder_hidden_size": 8, "decoder_layers": 1, "augmentation": "crop"}

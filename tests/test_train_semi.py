@@ -158,7 +158,7 @@ import json, sys
 from pathlib import Path
 import torch, train
 from accelerate import Accelerator
-from modeling_fer.learning.arguments import parse_arguments
+from modeling_fer.learning.command_line import parse_arguments
 from modeling_fer.learning.feedback import FeedbackStep
 from modeling_fer.learning.fixmatch import FixMatchStep
 

@@ -22,7 +22,7 @@ from modeling_fer.data import schema
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.shards import Shards
 from modeling_fer.learning import features
-from modeling_fer.learning.arguments import parse_arguments
+from modeling_fer.learning.command_line import parse_arguments
 from modeling_fer.learning.features import frame_features
 from modeling_fer.learning.inference import load_model
 from modeling_fer.learning.timelines import predict_split, tracks_of, video_logits

@@ -166,7 +166,7 @@ def export_temporal(model: Any, path: Path) -> None:
     """Write the second part: `frame_features`, `frame_mask`, `frame_times` to `frame_logits`."""
     shape = (2, 5)
     examples = {
-        "frame_features": torch.zeros(*shape, model.config.encoder_config.hidden_size),
+        "frame_features": torch.zeros(*shape, model.config.feature_size),
         "frame_mask": torch.ones(shape, dtype=torch.bool),
         "frame_times": torch.arange(shape[1], dtype=torch.float64).expand(shape).contiguous(),
     }

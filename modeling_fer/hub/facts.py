@@ -25,7 +25,17 @@ TASKS = {
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CROSSED = ("folds", "mean", "spread", "pooled")  # what a card tells of a cross-validation
 # Where the records of a run and of its evaluations name files and folders.
-PLACES = ("data", "output_dir", "cache_dir", "encoder", "stream", "resume", "model")
+PLACES = (
+    "data",
+    "output_dir",
+    "cache_dir",
+    "encoder",
+    "encoder_config",
+    "teacher",
+    "stream",
+    "resume",
+    "model",
+)
 # Of weights that learnt from a source, by its name in the report.json of a prepared folder; else unknown.
 OURS, RESEARCH, UNKNOWN = "apache-2.0", "research-only", "unknown"
 LICENCES = {"synthetic": OURS, "fer2013": RESEARCH, "aff_wild2": RESEARCH}

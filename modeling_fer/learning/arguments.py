@@ -1,18 +1,14 @@
-"""Training arguments: one typed value, read from a YAML file and the command line, saved with the run."""
+"""Training arguments: one typed value, checked as a whole, saved with the run."""
 
-import argparse
 import dataclasses
 import json
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import HfArgumentParser
 
 from modeling_fer.configuration_fer import CROP_POINTS
 from modeling_fer.evaluation.metrics import write_whole
@@ -50,7 +46,11 @@ class FerTrainingArguments:
     encoder: str = option(
         "", "folder or Hub id of pretrained encoder weights; empty: a new ViT of the sizes below"
     )
-    image_size: int = option(0, "side of the input image; 0: the encoder's own, or 112 for a new ViT")
+    encoder_config: str = option(
+        "",
+        "image: configuration (json) of a new encoder that AutoModel can build, in place of this ViT",
+    )
+    image_size: int = option(0, "side of the input image; 0: the encoder's own, or 112 for a new one")
     patch_size: int = option(16, "of a new ViT")
     hidden_size: int = option(192, "of a new ViT")
     num_layers: int = option(12, "of a new ViT")
@@ -95,6 +95,10 @@ class FerTrainingArguments:
     lora_alpha: float = option(0.0, "scale of the update is alpha / rank; 0: twice the rank")
 
     method: str = option("supervised", "image: supervised, fixmatch or feedback (teacher and student)")
+    teacher: str = option(
+        "", "supervised: image model of the same classes and input, whose probabilities are learnt from, too"
+    )
+    distillation: float = option(0.5, "share of the teacher in what is learnt; the rest is the label's")
     strong_augmentation: str = option("strong", "of the views that pseudo-labels are learnt on")
     mu: int = option(4, "unlabelled faces for each labelled one in a batch")
     lambda_u: float = option(1.0, "weight of the unlabelled loss")
@@ -235,6 +239,7 @@ class FerTrainingArguments:
             "sampling_alpha",
             "threshold",
             "gate_quantile",
+            "distillation",
         ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
@@ -263,6 +268,16 @@ class FerTrainingArguments:
         if self.method == "supervised" and any(asked.values()):
             names = ", ".join(f"--{name}" for name, there in asked.items() if there)
             raise ValueError(f"{names}: for unlabelled faces only; add --method fixmatch or feedback")
+        if self.teacher and (self.method != "supervised" or self.stage != "image"):
+            raise ValueError(
+                f"--teacher {self.teacher} is for --stage image --method supervised: the other methods make "
+                "their own"
+            )
+        if self.encoder_config and (self.encoder or self.stage != "image"):
+            raise ValueError(
+                f"--encoder_config {self.encoder_config} is of a new encoder for stage image: leave out "
+                "--encoder and other stages"
+            )
         if self.holdout and self.sampler_bound == 1:
             raise ValueError(f"--holdout {self.holdout} is for the sampler's feedback: add --sampler_bound 3")
         if self.method == "feedback" and self.teacher_ema:
@@ -343,58 +358,3 @@ class FerTrainingArguments:
         ours = dataclasses.asdict(self)
         names = sorted((ours.keys() | saved.keys()) - FREE_ON_RESUME)
         return [f"{n}: {saved.get(n)!r} -> {ours.get(n)!r}" for n in names if saved.get(n) != ours.get(n)]
-
-
-def parse_arguments(argv: list[str] | None = None) -> FerTrainingArguments:
-    """Read `--config FILE.yaml`, then `--field value` for any field, which wins over the file.
-
-    Raises:
-        ValueError: the file holds something other than known fields, or a value is out of range.
-    """
-    argv = _join_data(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(FerTrainingArguments, description="Train a facial-expression model.")  # type: ignore[arg-type]
-    parser.add_argument("--config", help="YAML file of the fields below; the command line wins over it")
-    config_only = argparse.ArgumentParser(add_help=False)
-    config_only.add_argument("--config")
-    first, _ = config_only.parse_known_args(argv)
-    if first.config:
-        parser.set_defaults(**_read_config(Path(first.config)))
-    namespace = vars(parser.parse_args(argv))
-    namespace.pop("config")
-    return FerTrainingArguments(**namespace)
-
-
-def _join_data(argv: list[str]) -> list[str]:
-    """Several `--data` as one, their values separated by commas."""
-    kept, values = [], []
-    words = iter(argv)
-    for word in words:
-        if word == "--data":
-            values.append(next(words, ""))
-        elif word.startswith("--data="):
-            values.append(word.removeprefix("--data="))
-        else:
-            kept.append(word)
-    return [*kept, "--data", ",".join(values)] if values else kept
-
-
-def _read_config(path: Path) -> dict[str, str]:
-    """Fields of a YAML file, without those left empty.
-
-    As strings: argparse converts and checks them like the command line's (YAML reads 1e-3 as a string).
-    """
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    known = [f.name for f in dataclasses.fields(FerTrainingArguments)]
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no mapping of fields to values; known fields: {', '.join(known)}")
-    if unknown := [str(name) for name in values if name not in known]:
-        raise ValueError(
-            f"{path} holds unknown fields {', '.join(unknown)}; known fields: {', '.join(known)}"
-        )
-    for name, value in values.items():
-        if isinstance(value, (dict, list)):
-            raise ValueError(f"{path}: {name} must be a single value, got {value}")
-    return {name: str(value) for name, value in values.items() if value is not None}

@@ -56,7 +56,7 @@ class EncodedFrames:
         self.model, self.pixels, self.normalize = model, pixels, normalize
         self.batch_size = batch_size
         config: Any = model.config
-        self.shape = (len(pixels), config.encoder_config.hidden_size)
+        self.shape = (len(pixels), config.feature_size)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         wanted = np.arange(self.shape[0])[rows]

@@ -93,7 +93,7 @@ def crop_to_state(arguments: FerTrainingArguments, start: Any) -> dict[str, Any]
 
 
 def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForImageClassification:
-    """A classifier on a pretrained encoder, or on a new ViT."""
+    """A classifier on a pretrained encoder, on a new one of any kind, or on a new ViT."""
     options: dict[str, Any] = {
         "pooling": arguments.pooling,
         "classifier_dropout": arguments.dropout,
@@ -109,6 +109,13 @@ def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForIm
             raise ValueError(
                 f"--encoder {arguments.encoder} is no vision encoder, in a folder or on the Hub: {error}"
             ) from error
+    options["crop"] = crop_to_state(arguments, None)
+    if arguments.encoder_config:
+        try:
+            encoder_config = AutoConfig.from_pretrained(arguments.encoder_config)
+            return FerForImageClassification(FerConfig(encoder_config=encoder_config, **options))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--encoder_config {arguments.encoder_config}: {error}") from error
     encoder_config = ViTConfig(
         image_size=arguments.image_size or 112,
         patch_size=arguments.patch_size,
@@ -118,7 +125,6 @@ def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForIm
         intermediate_size=4 * arguments.hidden_size,
         initializer_range=arguments.hidden_size**-0.5,
     )
-    options["crop"] = crop_to_state(arguments, None)
     model = FerForImageClassification(FerConfig(encoder_config=encoder_config, **options))
     condition_vit(model.fer.encoder)
     return model
@@ -149,7 +155,9 @@ def freeze_unused(model: nn.Module, image_size: int) -> list[str]:
     Data-parallel training waits for the gradient of every trainable parameter. They are found by looking: one
     backward pass.
     """
+    model.eval()  # a batch norm must not learn from this
     model(pixel_values=torch.zeros(2, 3, image_size, image_size)).logits.sum().backward()
+    model.train()
     unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     for name in unused:
         model.get_parameter(name).requires_grad_(False)

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
+from transformers import ViTImageProcessor
 
+from modeling_fer import FerForImageClassification
 from modeling_fer.data.augment import AUGMENTATIONS, View
 from modeling_fer.learning.arguments import FerTrainingArguments
 from modeling_fer.learning.debias import Alignment, Marginal
@@ -47,6 +50,34 @@ def build_labeler(
     )
 
 
+def load_teacher(
+    arguments: FerTrainingArguments, student: Any, processor: Any, device: torch.device
+) -> nn.Module:
+    """The model that a student is to learn from, frozen and ready.
+
+    Raises:
+        ValueError: it is none, or has other classes or another input than the student.
+    """
+    folder = arguments.teacher
+    try:
+        teacher = FerForImageClassification.from_pretrained(folder, dtype=torch.float32)
+        known, _ = ViTImageProcessor.get_image_processor_dict(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"--teacher {folder} is no image model: {error}") from error
+    for what, theirs, ours in (
+        ("classes", teacher.config.class_names, student.config.class_names),
+        ("image_size", teacher.config.image_size, student.config.image_size),
+        ("image_mean", known["image_mean"], processor.image_mean),
+        ("image_std", known["image_std"], processor.image_std),
+    ):
+        if theirs != ours:
+            raise ValueError(f"--teacher {folder} has {what} {theirs}, the model to be trained {ours}")
+    teacher = teacher.requires_grad_(False).eval().to(device)
+    if arguments.compile:
+        teacher.compile()
+    return teacher
+
+
 def step_maker(
     arguments: FerTrainingArguments,
     accelerator: Accelerator,
@@ -76,8 +107,10 @@ def step_maker(
     }
 
     def supervised(prepared: nn.Module, total: int) -> Step:
+        smoothing, soft_labels = arguments.label_smoothing, arguments.soft_labels
+        teacher = load_teacher(arguments, trained, processor, device) if arguments.teacher else None
         return SupervisedStep(
-            prepared, views.labelled, autocast, arguments.label_smoothing, arguments.soft_labels
+            prepared, views.labelled, autocast, smoothing, soft_labels, teacher, arguments.distillation
         )
 
     def fixmatch(prepared: nn.Module, total: int) -> Step:

@@ -54,7 +54,7 @@ def use_cpu(threads: int, processes: int) -> None:
 
 def layer_depth(name: str, layers: int) -> int:
     """Depth of a parameter: 0 in the embeddings, 1 to `layers` in the blocks, `layers + 1` above them."""
-    if ".embeddings." in name:
+    if re.search(r"\.embed\w+\.", name):
         return 0
     block = re.search(r"encoder\.(?:.*?\.)?(\d+)\.", name)
     return int(block[1]) + 1 if block else layers + 1

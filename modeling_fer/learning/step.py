@@ -69,7 +69,11 @@ class PlainStep:
 
 
 class SupervisedStep(PlainStep):
-    """Cross-entropy on weak views of labelled faces.
+    """Cross-entropy on weak views of labelled faces, and perhaps on what a teacher says of the same views.
+
+    `(1 - a) CE(f(v), y) + a CE(f(v), softmax(g(v)))` with a teacher `g` and its share `a`: distillation at
+    temperature 1 (Hinton et al. 2015, arXiv 1503.02531) on views that both see alike (Beyer et al. 2022,
+    arXiv 2106.05237).
 
     Args:
         model: classifier, prepared for its device; called with `pixel_values`, returns `logits`.
@@ -77,6 +81,8 @@ class SupervisedStep(PlainStep):
         autocast: makes the context in which the forward pass runs.
         label_smoothing: share of each target that is spread over all classes.
         soft_labels: use `batch["targets"]` (distributions) instead of `batch["labels"]`.
+        teacher: classifier of the same classes, on the same device, that stays as it is; None: labels alone.
+        distillation: the teacher's share.
     """
 
     def __init__(
@@ -86,8 +92,11 @@ class SupervisedStep(PlainStep):
         autocast: Callable[[], Any],
         label_smoothing: float = 0.0,
         soft_labels: bool = False,
+        teacher: nn.Module | None = None,
+        distillation: float = 0.0,
     ) -> None:
         self.model, self.view, self.autocast = model, view, autocast
+        self.teacher, self.distillation = teacher, distillation
         self.label_smoothing = label_smoothing
         self.target = "targets" if soft_labels else "labels"
 
@@ -99,6 +108,12 @@ class SupervisedStep(PlainStep):
         loss = nn.functional.cross_entropy(
             logits.float(), batch[self.target], label_smoothing=self.label_smoothing
         )
+        logs = {"accuracy": (logits.argmax(-1) == batch["labels"]).float().mean()}
+        if self.teacher is not None:
+            with torch.no_grad(), self.autocast():
+                taught = self.teacher(pixel_values=views).logits.float().softmax(-1)
+            imitation = nn.functional.cross_entropy(logits.float(), taught)
+            logs["teacher_accuracy"] = (taught.argmax(-1) == batch["labels"]).float().mean()
+            loss = torch.lerp(loss, imitation, self.distillation)
         backward(loss)
-        accuracy = (logits.argmax(-1) == batch["labels"]).float().mean()
-        return {"loss": loss.detach(), "accuracy": accuracy.detach()}
+        return {"loss": loss.detach(), **logs}

@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 import train
 from modeling_fer.cli import main
 from modeling_fer.hub.facts import FACTS
-from modeling_fer.learning.arguments import FerTrainingArguments, parse_arguments
+from modeling_fer.learning.arguments import FerTrainingArguments
+from modeling_fer.learning.command_line import parse_arguments
 from tests.test_train import ROOT, command, environment
 
 

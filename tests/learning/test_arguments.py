@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from modeling_fer.learning.arguments import FREE_ON_RESUME, FerTrainingArguments, parse_arguments
+from modeling_fer.learning.arguments import FREE_ON_RESUME, FerTrainingArguments
+from modeling_fer.learning.command_line import parse_arguments
 
 NEEDED = ["--data", "d", "--output_dir", "o"]
 

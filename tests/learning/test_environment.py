@@ -20,7 +20,7 @@ from transformers.utils import logging
 import train
 from modeling_fer import __version__
 from modeling_fer.learning import environment
-from modeling_fer.learning.arguments import parse_arguments
+from modeling_fer.learning.command_line import parse_arguments
 from modeling_fer.learning.environment import CpuCounter, Environment, cpu_counter, gpu_counter, stated_watts
 
 ROOT = Path(__file__).parents[2]
