@@ -6,11 +6,10 @@
 
 prepare the data -> first round: a teacher -> pretrain a ViT on faces without labels -> second round: the
 teacher labels those faces, and the ViT learns from its probabilities and from all labels -> the better of the
-two by validation, calibrated and judged -> temporal stage on simulated streams -> card -> exports. Steps that
-are done are not done again; trainings and labelling go on where they were stopped, other steps start anew.
-Each is a command that is printed and can be run by hand; what they took and gave is in OUT/summary.json. On a
-CPU the teacher is a convolutional network, which learns from few faces in little time; with `--scale gpu` it
-is a ViT that was pretrained, too, and learns from faces without labels as well.
+two by validation, calibrated and judged -> temporal stage on simulated streams -> card -> exports. What is
+done is not done again; trainings and labelling go on where they stopped, other steps start anew. Each is a
+command that is printed and can be run by hand; OUT/summary.json has what they took and gave. On a CPU the
+teacher is convolutional, for speed; with `--scale gpu` a ViT that also learns from faces without labels.
 """
 
 import argparse
@@ -116,9 +115,9 @@ class Release:
             common = yaml.safe_load((ROOT / "configs" / f"release_{stage}.yaml").read_text(encoding="utf-8"))
             given = {name: str(value) for name, value in {**place, "output_dir": out / stage}.items()}
             merged = {**common, **scaled.get(stage, {}), **given}
-            if stage == "image":
+            if stage == "image":  # a new encoder, or the pretrained one
                 new = merged.get("encoder_config")
-                merged.update({"encoder_config": str(ROOT / new)} if new else {"encoder": str(encoder)})
+                merged |= {"encoder_config": str(ROOT / new)} if new else {"encoder": str(encoder)}
             if merged.get("method", "supervised") != "supervised":
                 merged["data"] += unlabelled
             write_whole(self.config(stage), yaml.safe_dump(merged, sort_keys=False).encode())
@@ -132,9 +131,7 @@ class Release:
     def steps(self) -> Iterator[Step]:
         """Yield what is to be done, in order; a step is asked for when those before it are done."""
         scaled, out, final, video = self.scaled(), self.out, self.out / "final", self.out / "video"
-        fer2013, blend, faces, streams = (
-            str(out / "data" / n) for n in ("fer2013", "blend", "faces", "streams")
-        )
+        fer2013, blend, faces, streams = (f"{out}/data/{n}" for n in ("fer2013", "blend", "faces", "streams"))
         self.write_configs()
         fer, image_model = [sys.executable, "-m", "modeling_fer.cli"], str(final / "model")
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
@@ -181,7 +178,9 @@ class Release:
         yield Step("temporal evaluation", judge, video / "test/comparison.json")
         card = [*fer, "card", str(final), "--repo", self.repo, "--eval", str(final / "validation")]
         yield Step("card", card, final / "model/README.md")
-        export = [*fer, "export", image_model, "--format", "vit", "onnx", "--int8", "--check", fer2013]
+        encoder = json.loads((final / "model/config.json").read_text())["encoder_config"]["model_type"]
+        formats = ("vit", "onnx", "--int8") if encoder == "vit" else ("onnx",)  # int8 is for matrices
+        export = [*fer, "export", image_model, "--format", *formats, "--check", fer2013]
         yield Step("export", [*export, "--out", str(out / "export")], out / "export", anew=True)
 
     def summary(self) -> dict[str, Any]:
@@ -192,8 +191,8 @@ class Release:
 
         runs = {"pretrain": "pretrain", "image": "image", "second": "second/round-1/run", "video": "video"}
         keys = ("accuracy", "macro_f1_present", "ece")
-        scores = {name: read(f"{runs[name]}/metrics.json") for name in ("image", "second")}
-        scores["final"] = read("final/validation/metrics.json")
+        judged = {"image": "image", "second": runs["second"], "final": "final/validation"}
+        scores = {name: read(f"{path}/metrics.json") for name, path in judged.items()}
         records = [json.loads(path.read_text()) for path in sorted((self.out / "steps").glob("*.json"))]
         return {
             "scale": self.scale,

@@ -31,16 +31,8 @@ TEMPLATES.filters["cell"] = lambda value: str(value).replace("|", "/").replace("
 KEPT = ("arguments.json", "calibration.json", "environment.json", "learning_curve.png")
 KEPT_OF_EVALUATION = ("metrics.json", "confusion_matrix.png", "reliability.png", "risk_coverage.png")
 PRIVATE = (
-    "data",
-    "output_dir",
-    "cache_dir",
-    "encoder",
-    "encoder_config",
-    "teacher",
-    "stream",
-    "resume",
-    "tracker",
-)  # paths and habits
+    "data", "output_dir", "cache_dir", "encoder", "encoder_config", "teacher", "stream", "resume", "tracker",
+)  # fmt: skip # paths and habits
 
 # Key in metrics.json -> the Hub's name of the metric, and ours.
 SCORES = {

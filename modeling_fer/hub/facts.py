@@ -26,16 +26,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CROSSED = ("folds", "mean", "spread", "pooled")  # what a card tells of a cross-validation
 # Where the records of a run and of its evaluations name files and folders.
 PLACES = (
-    "data",
-    "output_dir",
-    "cache_dir",
-    "encoder",
-    "encoder_config",
-    "teacher",
-    "stream",
-    "resume",
-    "model",
-)
+    "data", "output_dir", "cache_dir", "encoder", "encoder_config", "teacher", "stream", "resume", "model",
+)  # fmt: skip
 # Of weights that learnt from a source, by its name in the report.json of a prepared folder; else unknown.
 OURS, RESEARCH, UNKNOWN = "apache-2.0", "research-only", "unknown"
 LICENCES = {"synthetic": OURS, "fer2013": RESEARCH, "aff_wild2": RESEARCH}
@@ -55,7 +47,7 @@ class DataSet:
         warnings: what its report warns of.
         votes: FER+ votes made the labels.
         hub_id: of a stream from the Hub.
-        by_encoder: an encoder before this model learnt from it.
+        by_encoder: an encoder before this model, or its teacher, learnt from it.
     """
 
     role: str
@@ -78,11 +70,11 @@ class Facts:
         evaluations: the main one first.
         calibration: calibration.json of `fer calibrate`.
         cross_validation: `CROSSED` of cross_validation.json.
-        data: what this model learnt from, then what the encoders before it did.
+        data: what this model learnt from, then what the encoders before it and its teachers did.
         origin: what the earliest encoder started from, a Hub id or the end of a path; empty: random weights.
         base_model: that, if it is a Hub id.
         best: `step` and `macro_f1` of the validation that chose the weights, the first with the highest.
-        stages: what the training of this model took, then that of the encoders before it.
+        stages: what the training of this model took, then that of the encoders before it and its teachers.
         name, repo_id, licence_given, widget: as the card was last written.
     """
 
@@ -237,6 +229,19 @@ def read_stage(home: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def read_teacher(arguments: dict[str, Any], start: Path) -> tuple[list[DataSet], list[dict[str, Any]]]:
+    """What the teacher of a run learnt from, and what its training took; nothing without one."""
+    if not (teacher := arguments.get("teacher")):
+        return [], []
+    folder = Path(os.path.abspath(reach(teacher, start) or teacher))
+    if (home := run_of(folder)) and (learnt := read_json(home / "arguments.json")):
+        own = start_of(home, learnt["output_dir"])
+        return read_data(learnt, own, by_encoder=True), [read_stage(home, learnt)]
+    if stored := read_json(folder / FACTS):
+        return [DataSet(**{**data, "by_encoder": True}) for data in stored["data"]], stored["stages"]
+    return [DataSet("teacher", folder.name, by_encoder=True)], []
+
+
 def read_run(model: Path) -> tuple[dict[str, Any], Path]:
     """What the run behind a model says, as attributes of `Facts`, and the folder where its paths begin."""
     home = run_of(model) or model
@@ -265,6 +270,8 @@ def read_run(model: Path) -> tuple[dict[str, Any], Path]:
         first = start if one == model else first
         told["data"] += read_data(arguments, start, by_encoder=one != model)
         told["stages"].append(read_stage(run_of(one) or one, arguments))
+        for key, found in zip(("data", "stages"), read_teacher(arguments, start), strict=True):
+            told[key] += found
         if not (encoder := arguments["encoder"]):
             return {**told, "origin": ""}, first
         told["origin"] = "/".join(Path(encoder).parts[-2:])

@@ -448,6 +448,28 @@ def test_the_encoders_before_are_told_from_their_runs(project, checkpoint):
     assert card.data.base_model is None
 
 
+def test_a_teacher_is_told_from_its_run_or_its_own_facts(project, checkpoint):
+    """What a student may be used for, its teacher's faces decide, too."""
+    report(project / "data/web", "fer2013")
+    first = save_run(project, checkpoint, "first", data="data/web")
+    write_card(first)
+    shutil.copytree(first / "model", project / "released")
+    for number, teacher in enumerate(("runs/first/model", str(project / "released"), "org/elsewhere")):
+        home = save_run(project, checkpoint, f"student {number}", data="data/faces", teacher=teacher)
+        card = make_card(read_facts(home))
+        rows = tables(section(card.text, "## Training data"))["learnt by"][1:]
+        known = teacher != "org/elsewhere"
+        before = (
+            "its encoder or teacher, before",
+            *(("labelled", "web") if known else ("teacher", "elsewhere")),
+        )
+        assert [row[:3] for row in rows] == [("this model", "labelled", "faces"), before]
+        assert (card.data.license_name == RESEARCH) == known
+        assert known or card.data.license == UNKNOWN
+        assert "to a share of 0.5, from the probabilities that another model gave" in card.text
+        assert str(project) not in card.text
+
+
 @pytest.mark.parametrize("encoders", [("runs/one/model",), ("runs/two/model", "runs/one/model")])
 def test_runs_that_start_from_each_other_are_told_once(encoders, project, checkpoint):
     for name, encoder in zip(("one", "two"), encoders, strict=False):
