@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo app test test-slow test-browser lint clean
+.PHONY: demo app test coverage test-slow test-browser lint clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -32,6 +32,10 @@ demo: $(STAMP)
 	$(BIN)/fer submission check runs/demo/prediction.txt --template runs/demo/template.txt
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+# The same, traced, which takes longer.
+coverage: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --cov=modeling_fer --cov=train --cov=pseudo_label --cov=cross_validate --cov=release --cov-report=term:skip-covered
 
 test-slow: $(STAMP)

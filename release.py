@@ -35,6 +35,7 @@ from pseudo_label import run_command
 ROOT = Path(__file__).parent
 STAGES = ("pretrain", "image", "second", "video")
 SCALED = {*STAGES, "accelerate", "select", "streams", "folds"}  # what a file of configs/release/ may hold
+BOTH = "fer2013_and_votes"  # FER2013 with the votes of FER+, all labels in one
 OWN_WEIGHT = "0.5"  # of FER2013's own label, beside the votes of FER+
 # For glibc: freed memory is kept, and lies on huge pages; `benchmarks.efficiency` says what that gains.
 HUGE_PAGES = {
@@ -107,8 +108,8 @@ class Release:
         unlabelled, encoder = f",unlabelled={data / 'faces'}", out / "pretrain" / "model"
         places: dict[str, dict[str, Any]] = {
             "pretrain": {"data": f"labelled={data / 'fer2013'}{unlabelled}"},
-            "image": {"data": f"labelled={data / 'blend'}"},
-            "second": {"data": data / "blend", "encoder": encoder, "teacher": out / "image" / "model"},
+            "image": {"data": f"labelled={data / BOTH}"},
+            "second": {"data": data / BOTH, "encoder": encoder, "teacher": out / "image" / "model"},
             "video": {"data": data / "streams", "encoder": out / "final" / "model"},
         }
         for stage, place in places.items():
@@ -131,7 +132,7 @@ class Release:
     def steps(self) -> Iterator[Step]:
         """Yield what is to be done, in order; a step is asked for when those before it are done."""
         scaled, out, final, video = self.scaled(), self.out, self.out / "final", self.out / "video"
-        fer2013, blend, faces, streams = (f"{out}/data/{n}" for n in ("fer2013", "blend", "faces", "streams"))
+        fer2013, both, faces, streams = (f"{out}/data/{n}" for n in ("fer2013", BOTH, "faces", "streams"))
         self.write_configs()
         fer, image_model = [sys.executable, "-m", "modeling_fer.cli"], str(final / "model")
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
@@ -148,24 +149,24 @@ class Release:
 
         csv = ("--csv", self.fer2013, "--rule", "fer2013", "--drop-duplicates")
         yield prepare("fer2013", fer2013, *csv)
-        yield prepare("fer2013", blend, *csv, "--ferplus", self.ferplus, "--own_weight", OWN_WEIGHT)
+        yield prepare("fer2013", both, *csv, "--ferplus", self.ferplus, "--own_weight", OWN_WEIGHT)
         yield prepare("folder", faces, "--root", self.faces, "--unlabeled", "True")
         yield train("pretraining", "pretrain", out / "pretrain/learning_curve.png")
         yield train("image stage", "image", out / "image/metrics.json")
         rounds = [sys.executable, str(ROOT / "pseudo_label.py"), "rounds", "--rounds", "1"]
-        rounds += ["--model", str(out / "image/model"), "--images", faces, "--labelled", blend]
+        rounds += ["--model", str(out / "image/model"), "--images", faces, "--labelled", both]
         rounds += ["--out", str(out / "second"), "--config", str(self.config("second"))]
         rounds += ["--launch", shlex.join(launch), *map(str, scaled.get("select", []))]
         second = out / "second/round-1/run/metrics.json"
         yield Step("labelling and second round", rounds, second, self.config("second"))
-        calibrate = [*fer, "calibrate", "--model", str(self.better() / "model"), "--data", blend]
+        calibrate = [*fer, "calibrate", "--model", str(self.better() / "model"), "--data", both]
         yield Step(
             "calibration",
             [*calibrate, "--bias", "--grey", "--half", "--out", str(final)],
             final / "model",
             anew=True,
         )
-        judge = [*fer, "eval", "--model", image_model, "--data", blend, "--out", str(final / "validation")]
+        judge = [*fer, "eval", "--model", image_model, "--data", both, "--out", str(final / "validation")]
         yield Step("evaluation", judge, final / "validation/metrics.json")
         yield prepare("streams", streams, "--stills", fer2013, *map(str, scaled.get("streams", [])))
         yield train("temporal stage", "video", video / "metrics.json")
