@@ -4,7 +4,7 @@
     python release.py ... --scale gpu             # ViT-Small at 96 px, hundreds of epochs
     python release.py ... --minutes 9             # stops in time; the same command goes on
 
-prepare the data -> first round: a teacher -> pretrain a ViT on faces without labels -> second round: the
+prepare the data -> pretrain a ViT on faces without labels -> first round: a teacher -> second round: the
 teacher labels those faces, and the ViT learns from its probabilities and from all labels -> the better of the
 two by validation, calibrated and judged -> temporal stage on simulated streams -> card -> exports. What is
 done is not done again; trainings and labelling go on where they stopped, other steps start anew. Each is a

@@ -44,6 +44,7 @@ from modeling_fer.learning.optimization import (
     build_schedule,
     choose_precision,
     seed_step,
+    share_statistics,
     use_cpu,
     weight_average,
 )
@@ -252,6 +253,7 @@ def train(arguments: FerTrainingArguments) -> dict[str, Any]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        share_statistics(stage.model, accelerator)
         if average is not None:
             average.update_parameters(stage.model)
         note(step.after_update())

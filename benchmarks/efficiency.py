@@ -63,6 +63,8 @@ def stage_arguments(stage: str, data: str, run: Path, *flags: str) -> FerTrainin
     pretraining = yaml.safe_load((ROOT / "configs/release_pretrain.yaml").read_text())
     sizes = ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads")
     given |= {name: pretraining[name] for name in sizes}
+    for name in ("teacher", "distillation"):
+        given.pop(name, None)
     if "encoder_config" in given:
         given["encoder_config"] = str(ROOT / given["encoder_config"])
     return parse_arguments([*(f"--{name}={value}" for name, value in given.items()), *flags])
@@ -149,7 +151,8 @@ def main() -> None:
         data = f"{folder}/data"
         drawn = SyntheticOptions(image_size=48, train=2048, validation=64, test=0, unlabeled=0)
         prepare("synthetic", drawn, data, show_progress=False)
-        for stage in ("pretrain", "image", "second"):  # autoencoder, convolutional teacher, ViT (alone)
+        # The autoencoder; the convolutional teacher; the ViT, without the teacher's pass.
+        for stage in ("pretrain", "image", "second"):
             rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
             for _ in range(args.turns):
                 for name, (environment, compiled) in VARIANTS.items():

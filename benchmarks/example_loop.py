@@ -3,8 +3,10 @@
 The example is `run_image_classification_no_trainer.py` of transformers' examples: an accelerate loop over a
 `DataLoader` of a `datasets` split that decodes, crops and flips one image after another. Its transforms come
 from torchvision, which need not be installed here; the same ones are made with PIL instead, and all else as
-there: no workers, stock AdamW, linear schedule. Model, batch, precision and threads are equal. Each turn runs
-the example, train.py, and train.py compiled; ratios are of one turn.
+there: no workers, stock AdamW, linear schedule. Model, batch, precision and threads are equal. train.py
+decodes all faces once, before its clock starts; the example decodes them again in every pass. Each turn runs
+the example, train.py, and train.py compiled, each in a process of its own, another one first in each turn;
+ratios are of one turn.
 
     python -m benchmarks.example_loop                # ViT-Tiny/16 at 112 px
     python -m benchmarks.example_loop --size small   # the size of the released ViT, 48 px
@@ -22,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from datasets import load_dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import train
+from benchmarks.temporal import alone
 from modeling_fer.data.prepare import prepare
 from modeling_fer.data.sources.synthetic import SyntheticOptions
 from modeling_fer.evaluation.metrics import write_whole
@@ -35,7 +38,7 @@ from modeling_fer.labels import CLASSES
 from modeling_fer.learning.arguments import FerTrainingArguments
 from modeling_fer.learning.environment import device_name
 from modeling_fer.learning.image import build_model
-from modeling_fer.learning.optimization import choose_precision, cpu_cores, use_cpu
+from modeling_fer.learning.optimization import choose_precision, cpu_cores
 
 RESULTS = Path(__file__).parent / "results"
 SIZES: dict[str, dict[str, Any]] = {
@@ -60,7 +63,7 @@ def transform(image: Image.Image, side: int, draw: np.random.Generator) -> torch
 
 def example_speed(arguments: FerTrainingArguments, steps: int) -> float:
     """Images a second of the example's loop, after as many steps of warm-up."""
-    torch.backends.cuda.enable_flash_sdp(True)  # as torch has it: `use_cpu` is ours
+    torch.set_num_threads(cpu_cores())
     accelerator = Accelerator(mixed_precision=arguments.precision)
     draw = np.random.default_rng(0)
 
@@ -118,9 +121,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="measured in each turn, after as many before")
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
-    device = Accelerator().device
-    if device.type == "cpu":
-        use_cpu(0, 1)
+    device = PartialState().device
     turns: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         data, side = f"{folder}/data", SIZES[args.size]["image_size"]
@@ -138,19 +139,23 @@ def main() -> None:
                 **SIZES[args.size],
                 **moments,
             )
-            found = {"example": example_speed(arguments, args.steps)}
-            for name, compiled in {"train.py": False, "train.py, compiled": True}.items():
-                found[name] = loop_speed(arguments, Path(folder, f"{turn} {name}"), compiled)
+            run = Path(folder, str(turn))
+            ways: dict[str, tuple[Any, ...]] = {
+                "example": (example_speed, arguments, args.steps),
+                "train.py": (loop_speed, arguments, run / "plain", False),
+                "train.py, compiled": (loop_speed, arguments, run / "compiled", True),
+            }
+            names = list(ways)
+            found = {name: alone(*ways[name]) for name in names[turn % 3 :] + names[: turn % 3]}
             turns.append(found)
             print(", ".join(f"{name} {speed:.1f}" for name, speed in found.items()), "images/s", flush=True)
-    over = {name: [turn[name] / turn["example"] for turn in turns] for name in turns[0] if name != "example"}
+    over = {name: [turn[name] / turn["example"] for turn in turns] for name in ways if name != "example"}
     result = {
         "size": SIZES[args.size],
         "batch_size": args.batch_size,
         "precision": arguments.precision,
         "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "cores": cpu_cores(),
+        "threads": cpu_cores(),
         "images_per_second": turns,
         "over_example": {
             name: {"median": statistics.median(r), "range": [min(r), max(r)]} for name, r in over.items()

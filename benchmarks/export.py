@@ -86,7 +86,7 @@ def temporal_speeds(model: Any, out: Path, args: argparse.Namespace) -> dict[str
     found = {}
     for frames in FRAMES:
         inputs = {
-            "frame_features": torch.randn(1, frames, model.config.encoder_config.hidden_size),
+            "frame_features": torch.randn(1, frames, model.config.feature_size),
             "frame_mask": torch.ones(1, frames, dtype=torch.bool),
             "frame_times": torch.arange(frames, dtype=torch.float64)[None] / model.config.frame_rate,
         }

@@ -138,7 +138,7 @@ class FerConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         kind, native = type(self.encoder_config).__name__, getattr(self.encoder_config, "image_size", None)
         side = (int, list, tuple)
-        if not self.gives_maps:
+        if not self.is_hierarchical:
             for name, types in {"hidden_size": (int,), "image_size": side, "patch_size": side}.items():
                 if not isinstance(getattr(self.encoder_config, name, None), types):
                     raise ValueError(f"encoder_config needs {name}; {kind} has none: is it a vision encoder?")
@@ -159,8 +159,8 @@ class FerConfig(PreTrainedConfig):
         self.label2id = {name: i for i, name in enumerate(names)}
 
     @property
-    def gives_maps(self) -> bool:
-        """Whether the encoder gives a map of features `(B, D, H, W)`, not tokens `(B, tokens, D)`."""
+    def is_hierarchical(self) -> bool:
+        """Whether the encoder has stages of different widths, as those that give maps of features do."""
         config = self.encoder_config
         sizes = getattr(config, "hidden_sizes", None)
         return isinstance(sizes, (list, tuple)) and isinstance(getattr(config, "num_channels", None), int)
@@ -168,7 +168,9 @@ class FerConfig(PreTrainedConfig):
     @property
     def feature_size(self) -> int:
         """Number `D` of features that the encoder gives of a face."""
-        return self.encoder_config.hidden_sizes[-1] if self.gives_maps else self.encoder_config.hidden_size
+        return (
+            self.encoder_config.hidden_sizes[-1] if self.is_hierarchical else self.encoder_config.hidden_size
+        )
 
     @property
     def class_names(self) -> list[str]:

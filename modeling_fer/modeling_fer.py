@@ -118,7 +118,7 @@ class FerModel(FerPreTrainedModel):
         super().__init__(config)
         self.encoder = build_encoder(config.encoder_config, config.pooling)
         self.norm = nn.LayerNorm(config.feature_size)
-        native = getattr(config.encoder_config, "image_size", None) or config.image_size
+        native: Any = getattr(config.encoder_config, "image_size", None) or config.image_size
         self.native_size = (native, native) if isinstance(native, int) else tuple(native)
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.encoder.forward).parameters
         self.post_init()
@@ -132,17 +132,21 @@ class FerModel(FerPreTrainedModel):
                 )
             return encoded.pooler_output.flatten(1)
         tokens = encoded.last_hidden_state
-        if self.config.gives_maps:
+        kind = type(self.encoder).__name__
+        if tokens.ndim == 4:
             tokens = tokens.flatten(2).transpose(1, 2)
             patches = tokens.shape[1]
+        elif self.config.is_hierarchical:
+            raise ValueError(f"{kind} gives tokens of which nobody knows the patches; use pooling='pooler'")
         else:
             patches = count_patches(self.config.encoder_config, pixel_values)
+        if tokens.shape[-1] != self.config.feature_size:
+            told = self.config.feature_size
+            raise ValueError(f"{kind} gives {tokens.shape[-1]} features, its configuration says {told}")
         if self.config.pooling == "mean":
             return tokens[:, -patches:].mean(dim=1)
         if tokens.shape[1] == patches:
-            raise ValueError(
-                f"pooling='cls', but {type(self.encoder).__name__} has no class token; use 'mean'"
-            )
+            raise ValueError(f"pooling='cls', but {kind} has no class token; use 'mean'")
         return tokens[:, 0]
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:

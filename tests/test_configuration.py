@@ -100,8 +100,8 @@ def test_an_encoder_of_any_size_needs_one():
     with pytest.raises(ValueError, match="image_size is missing: ResNetConfig takes images of any size"):
         FerConfig(encoder_config=config)
     taken = FerConfig(encoder_config=config, image_size=32)
-    assert (taken.image_size, taken.feature_size, taken.gives_maps) == (32, 16, True)
-    assert (FerConfig().feature_size, FerConfig().gives_maps) == (192, False)
+    assert (taken.image_size, taken.feature_size, taken.is_hierarchical) == (32, 16, True)
+    assert (FerConfig().feature_size, FerConfig().is_hierarchical) == (192, False)
 
 
 def test_an_encoder_dict_of_unknown_kind_is_refused():

@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 
 from modeling_fer.evaluation.report import write_report
 from modeling_fer.hub.card import make_card, write_card
-from modeling_fer.hub.facts import FACTS, read_facts
+from modeling_fer.hub.facts import read_facts
+from modeling_fer.hub.runs import FACTS
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS, CARDS = ROOT / "checkpoints", ROOT / "model_cards"

@@ -160,6 +160,17 @@ def test_a_map_has_no_class_token(make_model):
         model(faces(size=32))
 
 
+def test_a_hierarchical_encoder_of_tokens_or_of_another_width_is_refused(make_model):
+    stages = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
+    model = make_model(transformers.DINOv3ConvNextConfig(image_size=32, **stages), image_size=32)
+    with pytest.raises(ValueError, match="gives tokens of which nobody knows the patches"):
+        model(faces(size=32))
+    model = make_model(transformers.ResNetConfig(hidden_sizes=[8, 16], depths=[1, 1]), image_size=32)
+    model.fer.config.encoder_config.hidden_sizes = [8, 12]
+    with pytest.raises(ValueError, match="ResNetModel gives 16 features, its configuration says 12"):
+        model(faces(size=32))
+
+
 # -- initial weights --------------------------------------------------------------------------------
 
 ROOMY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}

@@ -226,20 +226,36 @@ def test_a_new_encoder_of_any_kind_is_the_same_when_resumed(prepared, tmp_path):
 
 
 def test_a_student_learns_from_its_teacher(finished, prepared, tmp_path):
-    """With the teacher's share whole, labels do not count; with none, the teacher does not."""
-    few = {"max_steps": 3, "eval_steps": 3, "save_steps": 3, "teacher": finished / "model"}
     losses = {}
-    for name, options in {
-        "plain": {"teacher": ""},
-        "none": {"distillation": 0},
-        "half": {"distillation": 0.5},
-        "whole": {"distillation": 1},
-    }.items():
-        run(prepared, tmp_path / name, **{**few, **options})
-        losses[name] = [row["loss"] for row in history(tmp_path / name) if "loss" in row]
-    assert losses["plain"] == losses["none"]
-    assert losses["half"][0] == pytest.approx((losses["none"][0] + losses["whole"][0]) / 2, rel=1e-3)
-    assert losses["whole"][0] != pytest.approx(losses["none"][0], rel=1e-3)
+    for share in (0, 0.5, 1):
+        out = tmp_path / str(share)
+        run(prepared, out, max_steps=3, teacher=finished / "model" if share else "", distillation=share)
+        losses[share] = next(row["loss"] for row in history(out))
+    assert losses[0.5] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-3)
+    assert losses[1] != pytest.approx(losses[0], rel=1e-3)
+    command = {"teacher": finished / "model", "distillation": 1, "max_steps": 6}
+    run(prepared, tmp_path / "parts", **command)
+    run(prepared, tmp_path / "whole", **command)
+    shutil.rmtree(tmp_path / "parts/checkpoints/step_00000006")
+    run(prepared, tmp_path / "parts", **command, resume="auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_teacher_that_does_not_fit_is_refused(finished, prepared, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(finished / "model", other)
+    described = json.loads((other / "config.json").read_text())
+    for name, wrong, message in (
+        ("elsewhere", None, "no model folder"),
+        ("other", {"image_size": 24}, "has image_size 24, the model to be trained 16"),
+        ("other", {"id2label": {**described["id2label"], "0": "Other", "7": "Neutral"}}, "has classes"),
+    ):
+        (other / "config.json").write_text(json.dumps({**described, **(wrong or {})}))
+        options = {"teacher": tmp_path / name, "distillation": 0.5}
+        done = run(prepared, tmp_path / "student", check=False, **options)
+        assert done.returncode == 1
+        assert f"--teacher {tmp_path / name}" in done.stderr
+        assert message in done.stderr
 
 
 def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(prepared, tmp_path):

@@ -16,7 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import pipeline
 
 from modeling_fer.evaluation.metrics import write_whole
-from modeling_fer.hub.facts import EXAMPLE, RESEARCH, Facts, public, read_facts, run_of, title_of
+from modeling_fer.hub.facts import EXAMPLE, RESEARCH, Facts, public, read_facts, title_of
+from modeling_fer.hub.runs import run_of
 from modeling_fer.labels import CLASSES
 
 TEMPLATES = jinja2.Environment(

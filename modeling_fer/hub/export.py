@@ -35,7 +35,7 @@ from transformers import AutoModelForImageClassification
 from modeling_fer import FerForImageClassification, FerForVideoClassification
 from modeling_fer.hub import export_onnx
 from modeling_fer.hub.export_vit import plain_model, stock_vit
-from modeling_fer.hub.facts import FACTS, read_json
+from modeling_fer.hub.runs import FACTS, read_json
 
 FORMATS = ("vit", "onnx")
 STOCK_LOGITS = 1e-4  # largest difference of logits between a stock model and ours

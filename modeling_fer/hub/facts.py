@@ -15,14 +15,23 @@ from typing import Any
 
 from modeling_fer.evaluation.metrics import write_whole
 from modeling_fer.evaluation.report import stored_postprocess, weights_digest
+from modeling_fer.hub.runs import (
+    FACTS,
+    DataSet,
+    hub_id,
+    reach,
+    read_history,
+    read_json,
+    read_lineage,
+    run_of,
+    start_of,
+)
 
-FACTS = "card_facts.json"
 EXAMPLE = "example_"  # how names of files for the Hub's widget begin
 TASKS = {
     "FerForImageClassification": "image-classification",
     "FerForVideoClassification": "video-classification",
 }
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CROSSED = ("folds", "mean", "spread", "pooled")  # what a card tells of a cross-validation
 # Where the records of a run and of its evaluations name files and folders.
 PLACES = (
@@ -36,31 +45,6 @@ Evaluation = tuple[Path, dict[str, Any]]  # the folder that `fer eval` wrote, an
 
 
 @dataclass(frozen=True)
-class DataSet:
-    """What a model learnt from: a prepared folder, or a stream.
-
-    Attributes:
-        role: labelled, pseudo or unlabelled.
-        name: last part of its path.
-        source: what `fer data prepare` read; empty: unknown.
-        counts: split to class (or "no label") to rows; None: unknown.
-        warnings: what its report warns of.
-        votes: FER+ votes made the labels.
-        hub_id: of a stream from the Hub.
-        by_encoder: an encoder before this model, or its teacher, learnt from it.
-    """
-
-    role: str
-    name: str
-    source: str = ""
-    counts: dict[str, dict[str, int]] | None = None
-    warnings: list[str] = field(default_factory=list)
-    votes: bool = False
-    hub_id: str | None = None
-    by_encoder: bool = False
-
-
-@dataclass(frozen=True)
 class Facts:
     """What the files say.
 
@@ -70,11 +54,9 @@ class Facts:
         evaluations: the main one first.
         calibration: calibration.json of `fer calibrate`.
         cross_validation: `CROSSED` of cross_validation.json.
-        data: what this model learnt from, then what the encoders before it and its teachers did.
-        origin: what the earliest encoder started from, a Hub id or the end of a path; empty: random weights.
-        base_model: that, if it is a Hub id.
+        data, origin, base_model: see `Lineage`.
         best: `step` and `macro_f1` of the validation that chose the weights, the first with the highest.
-        stages: what the training of this model took, then that of the encoders before it and its teachers.
+        stages: likewise.
         name, repo_id, licence_given, widget: as the card was last written.
     """
 
@@ -124,37 +106,6 @@ class Facts:
 # --- Runs ---
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What a file of JSON holds; None where there is no file. ValueError: it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): write it again, or delete it") from error
-
-
-def run_of(model: Path) -> Path | None:
-    """The run folder that a model lies in, as `train.py` leaves it."""
-    return model.parent if model.name == "model" and (model.parent / "arguments.json").is_file() else None
-
-
-def start_of(run: Path | None, output_dir: str) -> Path:
-    """The folder that a run was started from, where the paths in its files begin; if unknown, this one."""
-    parts, whole = Path(output_dir).parts, () if run is None else run.parts
-    return Path(*whole[: -len(parts)]) if whole[-len(parts) :] == parts else Path()
-
-
-def reach(told: str, start: Path) -> Path | None:
-    """The file or folder that a run names, from where it was started or from here; None: not at hand."""
-    return next((base / told for base in (start, Path()) if (base / told).exists()), None)
-
-
-def hub_id(told: str, output_dir: str) -> str | None:
-    """What is named `org/name`, if that is not the beginning of the run's own folder; ask `reach` first."""
-    return told if HUB_ID.fullmatch(told) and Path(told).parts[:1] != Path(output_dir).parts[:1] else None
-
-
 def public(path: Path) -> bytes:
     """A file of a run as others may see it: where its JSON names a place on this machine, the end alone.
 
@@ -178,70 +129,6 @@ def public(path: Path) -> bytes:
     return (json.dumps(record, indent=2) + "\n").encode()
 
 
-def read_history(home: Path) -> list[dict[str, Any]]:
-    """The numbers of a run by step; a kill may have cut the last line short."""
-    path = home / "history.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def read_data(arguments: dict[str, Any], start: Path, by_encoder: bool) -> list[DataSet]:
-    """What a run learnt from."""
-    data = []
-    for part in arguments["data"].split(","):
-        role, path = part.split("=", 1) if "=" in part else ("labelled", part)
-        is_soft = bool(arguments.get("soft_labels"))  # else FER2013's own labels alone count
-        folder = reach(path, start)
-        report = (read_json(folder / "report.json") if folder else None) or {}
-        options = report.get("options", {})
-        data.append(
-            DataSet(
-                role,
-                Path(path).name,
-                report.get("source", ""),
-                report.get("counts"),
-                report.get("warnings", []),
-                bool(options.get("ferplus")) and (options.get("rule") != "fer2013" or is_soft),
-                by_encoder=by_encoder,
-            )
-        )
-    if stream := arguments.get("stream"):
-        page = None if reach(stream, start) else hub_id(stream, arguments["output_dir"])
-        data.append(DataSet("unlabelled", Path(stream).name, hub_id=page, by_encoder=by_encoder))
-    return data
-
-
-def read_stage(home: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What a run took: as its environment.json says, and in training steps by the speeds of its history."""
-    keys = (
-        "device", "since_step", "seconds", "energy_kwh", "energy_kwh_estimated", "energy_source",
-    )  # fmt: skip
-    environment = read_json(home / "environment.json") or {}
-    history = read_history(home)
-    rows = [row for row in history if "images_per_second" in row]
-    pairs = zip([0, *(row["step"] for row in rows)], rows, strict=False)
-    size = arguments["batch_size"]
-    return {
-        "stage": arguments["stage"],
-        "steps": history[-1]["step"] if history else None,
-        **{key: environment.get(key) for key in keys},
-        "step_seconds": sum((row["step"] - n) * size / row["images_per_second"] for n, row in pairs) or None,
-    }
-
-
-def read_teacher(arguments: dict[str, Any], start: Path) -> tuple[list[DataSet], list[dict[str, Any]]]:
-    """What the teacher of a run learnt from, and what its training took; nothing without one."""
-    if not (teacher := arguments.get("teacher")):
-        return [], []
-    folder = Path(os.path.abspath(reach(teacher, start) or teacher))
-    if (home := run_of(folder)) and (learnt := read_json(home / "arguments.json")):
-        own = start_of(home, learnt["output_dir"])
-        return read_data(learnt, own, by_encoder=True), [read_stage(home, learnt)]
-    if stored := read_json(folder / FACTS):
-        return [DataSet(**{**data, "by_encoder": True}) for data in stored["data"]], stored["stages"]
-    return [DataSet("teacher", folder.name, by_encoder=True)], []
-
-
 def read_run(model: Path) -> tuple[dict[str, Any], Path]:
     """What the run behind a model says, as attributes of `Facts`, and the folder where its paths begin."""
     home = run_of(model) or model
@@ -249,8 +136,6 @@ def read_run(model: Path) -> tuple[dict[str, Any], Path]:
         "arguments": read_json(home / "arguments.json") or {},
         "environment": read_json(home / "environment.json") or {},
         "calibration": read_json(home / "calibration.json"),
-        "data": [],
-        "stages": [],
         "name": home.name,
     }
     judged = [row for row in read_history(home) if "validation/macro_f1" in row]
@@ -262,30 +147,10 @@ def read_run(model: Path) -> tuple[dict[str, Any], Path]:
     if folds and (crossed := read_json(folds[0])):
         told["cross_validation"] = {key: crossed[key] for key in CROSSED}
 
-    first, one, arguments = Path(), model, told["arguments"]
-    seen: set[Path] = set()
-    while arguments and one not in seen:  # this model's run, then those of the encoders that it came from
-        seen.add(one)
-        start = start_of(run_of(one), arguments["output_dir"])
-        first = start if one == model else first
-        told["data"] += read_data(arguments, start, by_encoder=one != model)
-        told["stages"].append(read_stage(run_of(one) or one, arguments))
-        for key, found in zip(("data", "stages"), read_teacher(arguments, start), strict=True):
-            told[key] += found
-        if not (encoder := arguments["encoder"]):
-            return {**told, "origin": ""}, first
-        told["origin"] = "/".join(Path(encoder).parts[-2:])
-        if (folder := reach(encoder, start)) is None:
-            told["base_model"] = hub_id(encoder, arguments["output_dir"])
-            return told, first
-        one = Path(os.path.abspath(folder))
-        told["origin"] = "/".join(one.parts[-2:])
-        if run_of(one) is None and (stored := read_json(one / FACTS)):  # away from its run: as its card says
-            told["data"] += [DataSet(**{**data, "by_encoder": True}) for data in stored["data"]]
-            told["stages"] += stored["stages"]
-            return {**told, "origin": stored["origin"], "base_model": stored["base_model"]}, first
-        arguments = read_json((run_of(one) or one) / "arguments.json")
-    return told, first
+    if not told["arguments"]:
+        return told, Path()
+    told |= vars(read_lineage(model, told["arguments"]))
+    return told, start_of(run_of(model), told["arguments"]["output_dir"])
 
 
 # --- Evaluations ---

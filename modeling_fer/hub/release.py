@@ -14,7 +14,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_fer
 from modeling_fer.hub import export_onnx, handler
-from modeling_fer.hub.facts import EXAMPLE, FACTS
+from modeling_fer.hub.facts import EXAMPLE
+from modeling_fer.hub.runs import FACTS
 
 RECORDS = ("arguments.json", "calibration.json", "environment.json", "metrics.json")
 # What a run keeps beside its model. A picture of one's own is an example: `example_NAME.png`.

@@ -50,7 +50,7 @@ class FerTrainingArguments:
         "",
         "image: configuration (json) of a new encoder that AutoModel can build, in place of this ViT",
     )
-    image_size: int = option(0, "side of the input image; 0: the encoder's own, or 112 for a new one")
+    image_size: int = option(0, "side of the input image; 0: the encoder's own, or 112 where it has none")
     patch_size: int = option(16, "of a new ViT")
     hidden_size: int = option(192, "of a new ViT")
     num_layers: int = option(12, "of a new ViT")
@@ -98,7 +98,7 @@ class FerTrainingArguments:
     teacher: str = option(
         "", "supervised: image model of the same classes and input, whose probabilities are learnt from, too"
     )
-    distillation: float = option(0.5, "share of the teacher in what is learnt; the rest is the label's")
+    distillation: float = option(0.0, "share of --teacher in what is learnt; the rest is the label's")
     strong_augmentation: str = option("strong", "of the views that pseudo-labels are learnt on")
     mu: int = option(4, "unlabelled faces for each labelled one in a batch")
     lambda_u: float = option(1.0, "weight of the unlabelled loss")
@@ -268,6 +268,11 @@ class FerTrainingArguments:
         if self.method == "supervised" and any(asked.values()):
             names = ", ".join(f"--{name}" for name, there in asked.items() if there)
             raise ValueError(f"{names}: for unlabelled faces only; add --method fixmatch or feedback")
+        if bool(self.teacher) != (self.distillation > 0):
+            raise ValueError(
+                f"--teacher {self.teacher or 'DIR'} and its share, --distillation {self.distillation}, go "
+                "together: pass both, the share above 0, or neither"
+            )
         if self.teacher and (self.method != "supervised" or self.stage != "image"):
             raise ValueError(
                 f"--teacher {self.teacher} is for --stage image --method supervised: the other methods make "
@@ -309,18 +314,18 @@ class FerTrainingArguments:
             raise ValueError(
                 "--method and --layer_decay are for stage image: leave them out of --stage pretrain"
             )
-        if not self.encoder:
+        if not self.encoder and self.lora_rank:
+            raise ValueError(
+                f"--lora_rank {self.lora_rank} adapts a pretrained encoder: pass --encoder, "
+                "or train a new one whole with --lora_rank 0"
+            )
+        if not (self.encoder or self.encoder_config):
             size = self.image_size or 112
             if size % self.patch_size:
                 raise ValueError(f"--image_size {size} must be a multiple of --patch_size {self.patch_size}")
             if self.hidden_size % 4 or self.hidden_size % self.num_heads:
                 raise ValueError(
                     f"--hidden_size {self.hidden_size} must divide by 4 and --num_heads {self.num_heads}"
-                )
-            if self.lora_rank:
-                raise ValueError(
-                    f"--lora_rank {self.lora_rank} adapts a pretrained encoder: pass --encoder, "
-                    "or train a new one whole with --lora_rank 0"
                 )
         if self.push_to_hub:
             self.check_push()

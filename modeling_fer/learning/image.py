@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, ViTConfig, ViTImageProcessor
+from transformers import AutoConfig, ViTConfig, ViTImageProcessor, ViTModel
 
 from modeling_fer import FerConfig, FerForImageClassification
 from modeling_fer.configuration_fer import check_crop
@@ -30,6 +30,7 @@ from modeling_fer.learning.inference import class_names, over_all_classes, predi
 from modeling_fer.learning.methods import count_recall, hold_out, step_maker
 from modeling_fer.learning.stage import Stage, report_validation
 
+SIZE = 112  # pixels: side of the input image, where neither the arguments nor the encoder say it
 SHORTEST_ROUND = 50  # steps between feedback to the sampler, where passes over the labelled faces are shorter
 
 
@@ -92,17 +93,23 @@ def crop_to_state(arguments: FerTrainingArguments, start: Any) -> dict[str, Any]
     return check_crop(asked or getattr(start, "crop", None) or {"name": "box"})
 
 
+def input_size(arguments: FerTrainingArguments, config: Any) -> int | None:
+    """Side of the input image as asked for, None for the encoder's own, or `SIZE` where that has none."""
+    own = getattr(getattr(config, "vision_config", config), "image_size", None)
+    return arguments.image_size or (None if own else SIZE)
+
+
 def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForImageClassification:
     """A classifier on a pretrained encoder, on a new one of any kind, or on a new ViT."""
     options: dict[str, Any] = {
         "pooling": arguments.pooling,
         "classifier_dropout": arguments.dropout,
         "id2label": dict(enumerate(classes)),
-        "image_size": arguments.image_size or None,
     }
     if arguments.encoder:
         try:
             start = AutoConfig.from_pretrained(arguments.encoder)
+            options["image_size"] = input_size(arguments, start)
             options["crop"] = crop_to_state(arguments, start if isinstance(start, FerConfig) else None)
             return FerForImageClassification.from_encoder_pretrained(arguments.encoder, **options)
         except (OSError, ValueError, SafetensorError) as error:
@@ -113,20 +120,23 @@ def build_model(arguments: FerTrainingArguments, classes: list[str]) -> FerForIm
     if arguments.encoder_config:
         try:
             encoder_config = AutoConfig.from_pretrained(arguments.encoder_config)
-            return FerForImageClassification(FerConfig(encoder_config=encoder_config, **options))
+            options["image_size"] = input_size(arguments, encoder_config)
+            model = FerForImageClassification(FerConfig(encoder_config=encoder_config, **options))
         except (OSError, ValueError) as error:
             raise ValueError(f"--encoder_config {arguments.encoder_config}: {error}") from error
-    encoder_config = ViTConfig(
-        image_size=arguments.image_size or 112,
-        patch_size=arguments.patch_size,
-        hidden_size=arguments.hidden_size,
-        num_hidden_layers=arguments.num_layers,
-        num_attention_heads=arguments.num_heads,
-        intermediate_size=4 * arguments.hidden_size,
-        initializer_range=arguments.hidden_size**-0.5,
-    )
-    model = FerForImageClassification(FerConfig(encoder_config=encoder_config, **options))
-    condition_vit(model.fer.encoder)
+    else:
+        encoder_config = ViTConfig(
+            image_size=arguments.image_size or SIZE,
+            patch_size=arguments.patch_size,
+            hidden_size=arguments.hidden_size,
+            num_hidden_layers=arguments.num_layers,
+            num_attention_heads=arguments.num_heads,
+            intermediate_size=4 * arguments.hidden_size,
+            initializer_range=arguments.hidden_size**-0.5,
+        )
+        model = FerForImageClassification(FerConfig(encoder_config=encoder_config, **options))
+    if type(model.fer.encoder) is ViTModel:
+        condition_vit(model.fer.encoder)
     return model
 
 

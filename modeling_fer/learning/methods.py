@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import nn
-from transformers import ViTImageProcessor
 
-from modeling_fer import FerForImageClassification
 from modeling_fer.data.augment import AUGMENTATIONS, View
 from modeling_fer.learning.arguments import FerTrainingArguments
 from modeling_fer.learning.debias import Alignment, Marginal
 from modeling_fer.learning.feedback import FeedbackStep
 from modeling_fer.learning.fixmatch import FixMatchStep, Recall, SamplerFeedback, Views
 from modeling_fer.learning.gate import make_gate
+from modeling_fer.learning.inference import load_classifier
 from modeling_fer.learning.optimization import build_optimizer, build_schedule
 from modeling_fer.learning.pseudo_labels import PseudoLabeler
 from modeling_fer.learning.step import Step, SupervisedStep
@@ -60,15 +58,14 @@ def load_teacher(
     """
     folder = arguments.teacher
     try:
-        teacher = FerForImageClassification.from_pretrained(folder, dtype=torch.float32)
-        known, _ = ViTImageProcessor.get_image_processor_dict(folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"--teacher {folder} is no image model: {error}") from error
+        teacher, seen_by = load_classifier(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--teacher {folder}: {error}") from error
     for what, theirs, ours in (
         ("classes", teacher.config.class_names, student.config.class_names),
         ("image_size", teacher.config.image_size, student.config.image_size),
-        ("image_mean", known["image_mean"], processor.image_mean),
-        ("image_std", known["image_std"], processor.image_std),
+        ("image_mean", list(seen_by.image_mean), list(processor.image_mean)),
+        ("image_std", list(seen_by.image_std), list(processor.image_std)),
     ):
         if theirs != ours:
             raise ValueError(f"--teacher {folder} has {what} {theirs}, the model to be trained {ours}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -65,8 +66,9 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW on what is trainable; weight decay on matrices, not on biases, norms, tokens and positions.
 
-    With `layer_decay` below 1 the learning rate falls by that factor from each block to the one below it, so
-    that general features change least (Clark et al., ELECTRA, 2020; He et al., MAE, 2022).
+    With `layer_decay` below 1 the learning rate falls by that factor from each block (of a convolutional
+    network: each stage) to the one below it, so that general features change least (Clark et al., ELECTRA,
+    2020; He et al., MAE, 2022).
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     depths = [layer_depth(name, 0) for name, _ in trainable if re.search(r"encoder\.(?:.*?\.)?\d+\.", name)]
@@ -112,13 +114,29 @@ def build_schedule(optimizer: Optimizer, warmup: float, steps: int, finetune: fl
 
 
 def weight_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of the weights; it looks back further as steps pass, up to `decay`."""
+    """Exponential moving average of the weights; it looks back further as steps pass, up to `decay`.
+
+    Running statistics of batch norms are averaged like the weights that they belong to.
+    """
 
     def average(averaged: Any, current: Any, seen: torch.Tensor | int) -> None:
+        if not averaged[0].is_floating_point():  # how many batches a norm has seen
+            torch._foreach_copy_(averaged, current)
+            return
         weight = 1 - min(decay, (1 + int(seen)) / (10 + int(seen)))
         torch._foreach_lerp_(averaged, current, weight)
 
-    return AveragedModel(model, multi_avg_fn=average)
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
+@torch.no_grad()
+def share_statistics(model: nn.Module, accelerator: Accelerator) -> None:
+    """Make running statistics of batch norms their mean over processes: each saw its own part of a batch."""
+    if accelerator.num_processes > 1:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                for statistic in (module.running_mean, module.running_var):
+                    statistic.copy_(accelerator.reduce(statistic.clone(), "mean"))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -39,7 +39,8 @@ from modeling_fer.evaluation.metrics import compute_metrics
 from modeling_fer.evaluation.report import weights_digest, write_report
 from modeling_fer.evaluation.selective import risk_coverage
 from modeling_fer.hub.card import SCORES, make_card, write_card
-from modeling_fer.hub.facts import FACTS, OURS, RESEARCH, UNKNOWN, read_facts, title_of
+from modeling_fer.hub.facts import OURS, RESEARCH, UNKNOWN, read_facts, title_of
+from modeling_fer.hub.runs import FACTS
 from modeling_fer.labels import CLASSES
 from modeling_fer.learning.inference import load_classifier, load_model
 
@@ -437,7 +438,7 @@ def test_the_encoders_before_are_told_from_their_runs(project, checkpoint):
     home = save_run(project, checkpoint, "third", data="data/faces", encoder="runs/second/model")
     card = make_card(read_facts(home))
     rows = tables(section(card.text, "## Training data"))["learnt by"][1:]
-    before = "its encoder, before"
+    before = "its encoder"
     assert [row[:3] for row in rows] == [
         ("this model", "labelled", "faces"),
         (before, "labelled", "faces"),
@@ -460,8 +461,8 @@ def test_a_teacher_is_told_from_its_run_or_its_own_facts(project, checkpoint):
         rows = tables(section(card.text, "## Training data"))["learnt by"][1:]
         known = teacher != "org/elsewhere"
         before = (
-            "its encoder or teacher, before",
-            *(("labelled", "web") if known else ("teacher", "elsewhere")),
+            "its teacher",
+            *(("labelled", "web") if known else ("weights", "org/elsewhere")),
         )
         assert [row[:3] for row in rows] == [("this model", "labelled", "faces"), before]
         assert (card.data.license_name == RESEARCH) == known

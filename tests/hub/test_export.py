@@ -22,8 +22,8 @@ from modeling_fer.hub import export_onnx
 from modeling_fer.hub.card import write_card
 from modeling_fer.hub.export import Agreement, export
 from modeling_fer.hub.export_vit import stock_vit
-from modeling_fer.hub.facts import FACTS
 from modeling_fer.hub.release import check_model, endpoint_files, released_files
+from modeling_fer.hub.runs import FACTS
 from modeling_fer.learning.adapters import add_lora
 from modeling_fer.learning.inference import load_classifier
 from modeling_fer.temporal_fer import TEMPORAL_HEADS

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 import train
 from modeling_fer.cli import main
-from modeling_fer.hub.facts import FACTS
+from modeling_fer.hub.runs import FACTS
 from modeling_fer.learning.arguments import FerTrainingArguments
 from modeling_fer.learning.command_line import parse_arguments
 from tests.test_train import ROOT, command, environment

@@ -27,9 +27,10 @@ from test_loading import WITHOUT_THE_PACKAGE
 from modeling_fer import FerForImageClassification
 from modeling_fer.hub.card import make_card, write_card
 from modeling_fer.hub.export import export
-from modeling_fer.hub.facts import FACTS, read_facts
+from modeling_fer.hub.facts import read_facts
 from modeling_fer.hub.push import PushError, push, summary
 from modeling_fer.hub.release import check_model
+from modeling_fer.hub.runs import FACTS
 from modeling_fer.learning.adapters import add_lora
 from modeling_fer.learning.image import save_model
 from modeling_fer.learning.inference import load_classifier

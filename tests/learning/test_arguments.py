@@ -130,6 +130,11 @@ def test_values_out_of_range_name_their_flag(name, value):
     ("options", "message"),
     [
         ({"method": "feedback", "accumulation_steps": 2}, "use --accumulation_steps 1"),
+        ({"teacher": "t"}, "--teacher t and its share, --distillation 0.0, go together"),
+        ({"distillation": 0.5}, "--teacher DIR and its share, --distillation 0.5, go together"),
+        ({"teacher": "t", "distillation": 0.5, "method": "fixmatch"}, "--teacher t is for --stage image"),
+        ({"encoder_config": "c", "encoder": "e"}, "--encoder_config c is of a new encoder"),
+        ({"encoder_config": "c", "lora_rank": 2}, "--lora_rank 2 adapts a pretrained encoder"),
         ({"method": "feedback", "teacher_ema": 0.99}, "is for fixmatch"),
         ({"stage": "pretrain", "method": "fixmatch"}, "leave them out of --stage pretrain"),
         ({"stage": "pretrain", "encoder": "e"}, "leave out --encoder"),

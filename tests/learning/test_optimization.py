@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from modeling_fer.learning.optimization import (
     choose_precision,
     layer_depth,
     seed_step,
+    share_statistics,
     weight_average,
 )
 
@@ -56,6 +58,8 @@ def test_shares_that_round_to_none_or_all_of_a_short_run(finetune):
 def test_depth_is_read_from_the_name():
     names = {
         "fer.encoder.embeddings.position_embeddings": 0,
+        "fer.encoder.embedder.embedder.convolution.weight": 0,
+        "fer.encoder.encoder.stages.1.layers.0.layer.0.convolution.weight": 2,
         "fer.encoder.layers.0.mlp.fc1.weight": 1,
         "fer.encoder.encoder.layer.11.attention.q_proj.bias": 12,
         "fer.encoder.layernorm.weight": 13,
@@ -94,6 +98,33 @@ def test_the_average_looks_back_further_as_steps_pass():
         expected = decay * expected + (1 - decay) * (step + 1)
         assert average.module.weight.item() == pytest.approx(expected)
     assert decay == 0.3
+
+
+def test_running_statistics_are_averaged_like_weights():
+    model = nn.BatchNorm1d(2)
+    average, expected = weight_average(model, 0.5), torch.zeros(2)
+    for step in range(5):
+        model.running_mean.fill_(float(step + 1))
+        model.num_batches_tracked.fill_(step + 1)
+        average.update_parameters(model)
+        decay = 0.0 if step == 0 else min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * (step + 1)
+        torch.testing.assert_close(average.module.running_mean, expected)
+        assert average.module.num_batches_tracked == step + 1
+
+
+def test_processes_share_their_running_statistics():
+    def reduce(value, how):
+        assert how == "mean"
+        return (value + 4) / 2  # of a second process, which has 4 everywhere
+
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False), nn.LayerNorm(2))
+    weight = model[0].weight.clone()
+    share_statistics(model, SimpleNamespace(num_processes=1, reduce=None))
+    assert model[0].running_mean.tolist() == [0, 0]
+    share_statistics(model, SimpleNamespace(num_processes=2, reduce=reduce))
+    assert (model[0].running_mean.tolist(), model[0].running_var.tolist()) == ([2, 2], [2.5, 2.5])
+    assert torch.equal(model[0].weight, weight)
 
 
 def test_the_randomness_of_a_step_is_its_own():
