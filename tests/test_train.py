@@ -216,7 +216,7 @@ def test_a_new_encoder_of_any_kind_is_the_same_when_resumed(prepared, tmp_path):
     config.write_text(json.dumps({"model_type": "regnet", "downsample_in_first_stage": False, **stages}))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(prepared, whole, encoder_config=config)
-    run(prepared, parts, encoder_config=config)
+    shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints/step_00000012")
     run(prepared, parts, encoder_config=config, resume="auto")
     assert_same_run(whole, parts)
@@ -233,12 +233,13 @@ def test_a_student_learns_from_its_teacher(finished, prepared, tmp_path):
         losses[share] = next(row["loss"] for row in history(out))
     assert losses[0.5] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-3)
     assert losses[1] != pytest.approx(losses[0], rel=1e-3)
-    command = {"teacher": finished / "model", "distillation": 1, "max_steps": 6}
-    run(prepared, tmp_path / "parts", **command)
-    run(prepared, tmp_path / "whole", **command)
-    shutil.rmtree(tmp_path / "parts/checkpoints/step_00000006")
-    run(prepared, tmp_path / "parts", **command, resume="auto")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    taught = {"teacher": finished / "model", "distillation": 1}
+    run(prepared, whole, **taught)
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints/step_00000012")
+    run(prepared, parts, **taught, resume="auto")
+    assert_same_run(whole, parts)
 
 
 def test_a_teacher_that_does_not_fit_is_refused(finished, prepared, tmp_path):

@@ -39,7 +39,7 @@ from modeling_fer.evaluation.metrics import compute_metrics
 from modeling_fer.evaluation.report import weights_digest, write_report
 from modeling_fer.evaluation.selective import risk_coverage
 from modeling_fer.hub.card import SCORES, make_card, write_card
-from modeling_fer.hub.facts import OURS, RESEARCH, UNKNOWN, read_facts, title_of
+from modeling_fer.hub.facts import OURS, PLACES, RESEARCH, UNKNOWN, read_facts, title_of
 from modeling_fer.hub.runs import FACTS
 from modeling_fer.labels import CLASSES
 from modeling_fer.learning.inference import load_classifier, load_model
@@ -214,7 +214,7 @@ def test_the_training_tables(project, checkpoint):
     write_json(home / "environment.json", environment)
     found = tables(make_card(read_facts(home)).text)
     arguments = json.loads((home / "arguments.json").read_text())
-    hidden = {"data", "output_dir", "cache_dir", "encoder", "stream", "resume", "tracker"}
+    hidden = {*PLACES, "tracker"}
     assert found["argument"][1:] == [(k, str(v)) for k, v in arguments.items() if k not in hidden]
     assert found["training"][1:] == [
         ("stage", "image"),
@@ -456,7 +456,9 @@ def test_a_teacher_is_told_from_its_run_or_its_own_facts(project, checkpoint):
     write_card(first)
     shutil.copytree(first / "model", project / "released")
     for number, teacher in enumerate(("runs/first/model", str(project / "released"), "org/elsewhere")):
-        home = save_run(project, checkpoint, f"student {number}", data="data/faces", teacher=teacher)
+        home = save_run(
+            project, checkpoint, f"student {number}", data="data/faces", teacher=teacher, distillation=0.5
+        )
         card = make_card(read_facts(home))
         rows = tables(section(card.text, "## Training data"))["learnt by"][1:]
         known = teacher != "org/elsewhere"
