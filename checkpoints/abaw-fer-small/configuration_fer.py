@@ -59,11 +59,12 @@ class FerConfig(PreTrainedConfig):
 
     Args:
         encoder_config: configuration (or its dict, with `model_type`) of a vision encoder that `AutoModel`
-            can build: ViT, DINOv2/v3, CLIP or SigLIP vision tower, ... Default: ViT-Tiny/16 at 112 x 112.
-        image_size: side of the square input image in pixels. Default: the encoder's own; another size makes
-            encoders with learned position embeddings interpolate them.
-        pooling: how patch features become one vector of a face: `mean` over patch tokens, the `cls` token, or
-            the encoder's own `pooler`.
+            can build: ViT, DINOv2/v3, CLIP or SigLIP vision tower, or one that gives a map of features, as
+            RegNet, ResNet and ConvNeXt do. Default: ViT-Tiny/16 at 112 x 112.
+        image_size: side of the square input image in pixels. Default: the encoder's own, where it has one;
+            another size makes encoders with learned position embeddings interpolate them.
+        pooling: how patch features become one vector of a face: `mean` over patch tokens or over the places
+            of a map, the `cls` token, or the encoder's own `pooler`.
         classifier_dropout: probability of dropping a feature before the classifier.
         initializer_range: standard deviation of new linear weights.
         temporal_head: how the video model looks at neighbouring frames: `transformer`, `convolution`, `none`.
@@ -85,9 +86,10 @@ class FerConfig(PreTrainedConfig):
         id2label: class names by id. Default: the eight Aff-Wild2 classes in their order.
 
     Raises:
-        ValueError: unknown pooling, an encoder that is no vision transformer (one `hidden_size`,
-            `image_size` and `patch_size`), an unknown temporal head or one whose sizes do not fit, class
-            names that repeat, or a crop that `check_crop` refuses.
+        ValueError: unknown pooling, an encoder that is neither a vision transformer (one `hidden_size`,
+            `image_size` and `patch_size`) nor one of maps (`num_channels`, `hidden_sizes` of its stages), no
+            size of the image, an unknown temporal head or one whose sizes do not fit, class names that
+            repeat, or a crop that `check_crop` refuses.
     """
 
     model_type = "abaw_fer"
@@ -134,13 +136,15 @@ class FerConfig(PreTrainedConfig):
         for name in ("temporal_window", "temporal_num_layers", "num_frames", "frame_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        kind = type(self.encoder_config).__name__
+        kind, native = type(self.encoder_config).__name__, getattr(self.encoder_config, "image_size", None)
         side = (int, list, tuple)
-        for name, types in {"hidden_size": (int,), "image_size": side, "patch_size": side}.items():
-            if not isinstance(getattr(self.encoder_config, name, None), types):
-                raise ValueError(f"encoder_config needs {name}; {kind} has none: is it a vision transformer?")
+        if not self.is_hierarchical:
+            for name, types in {"hidden_size": (int,), "image_size": side, "patch_size": side}.items():
+                if not isinstance(getattr(self.encoder_config, name, None), types):
+                    raise ValueError(f"encoder_config needs {name}; {kind} has none: is it a vision encoder?")
         if self.image_size is None:
-            native = self.encoder_config.image_size
+            if native is None:
+                raise ValueError(f"image_size is missing: {kind} takes images of any size")
             self.image_size = native if isinstance(native, int) else native[0]
         if self.crop is not None:
             self.crop = check_crop(self.crop)
@@ -153,6 +157,20 @@ class FerConfig(PreTrainedConfig):
         if len(set(names)) != len(names):
             raise ValueError(f"class names must differ, got {names}")
         self.label2id = {name: i for i, name in enumerate(names)}
+
+    @property
+    def is_hierarchical(self) -> bool:
+        """Whether the encoder has stages of different widths, as those that give maps of features do."""
+        config = self.encoder_config
+        sizes = getattr(config, "hidden_sizes", None)
+        return isinstance(sizes, (list, tuple)) and isinstance(getattr(config, "num_channels", None), int)
+
+    @property
+    def feature_size(self) -> int:
+        """Number `D` of features that the encoder gives of a face."""
+        return (
+            self.encoder_config.hidden_sizes[-1] if self.is_hierarchical else self.encoder_config.hidden_size
+        )
 
     @property
     def class_names(self) -> list[str]:

@@ -117,27 +117,36 @@ class FerModel(FerPreTrainedModel):
     def __init__(self, config: FerConfig):
         super().__init__(config)
         self.encoder = build_encoder(config.encoder_config, config.pooling)
-        self.norm = nn.LayerNorm(config.encoder_config.hidden_size)
-        native = config.encoder_config.image_size
+        self.norm = nn.LayerNorm(config.feature_size)
+        native: Any = getattr(config.encoder_config, "image_size", None) or config.image_size
         self.native_size = (native, native) if isinstance(native, int) else tuple(native)
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.encoder.forward).parameters
         self.post_init()
 
-    def pool(self, encoded: Any, patches: int) -> torch.Tensor:
-        """Pool encoder output to `(B, D)`; `patches` is the number of patch tokens, which stand last."""
+    def pool(self, encoded: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pool what the encoder says of images to `(B, D)`: of tokens those of patches, which stand last."""
         if self.config.pooling == "pooler":
             if getattr(encoded, "pooler_output", None) is None:
                 raise ValueError(
                     f"pooling='pooler', but {type(self.encoder).__name__} has no pooler; use 'mean' or 'cls'"
                 )
-            return encoded.pooler_output
+            return encoded.pooler_output.flatten(1)
         tokens = encoded.last_hidden_state
+        kind = type(self.encoder).__name__
+        if tokens.ndim == 4:
+            tokens = tokens.flatten(2).transpose(1, 2)
+            patches = tokens.shape[1]
+        elif self.config.is_hierarchical:
+            raise ValueError(f"{kind} gives tokens of which nobody knows the patches; use pooling='pooler'")
+        else:
+            patches = count_patches(self.config.encoder_config, pixel_values)
+        if tokens.shape[-1] != self.config.feature_size:
+            told = self.config.feature_size
+            raise ValueError(f"{kind} gives {tokens.shape[-1]} features, its configuration says {told}")
         if self.config.pooling == "mean":
             return tokens[:, -patches:].mean(dim=1)
         if tokens.shape[1] == patches:
-            raise ValueError(
-                f"pooling='cls', but {type(self.encoder).__name__} has no class token; use 'mean'"
-            )
+            raise ValueError(f"pooling='cls', but {kind} has no class token; use 'mean'")
         return tokens[:, 0]
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -148,13 +157,14 @@ class FerModel(FerPreTrainedModel):
             kwargs: passed to the encoder (`output_hidden_states`, `output_attentions`, ...).
 
         Returns:
-            `last_hidden_state` `(B, tokens, D)` and `pooler_output` `(B, D)`, the features of each face.
+            `last_hidden_state` `(B, tokens, D)` or `(B, D, H, W)`, as the encoder gives it, and
+            `pooler_output` `(B, D)`, the features of each face.
         """
         kwargs["return_dict"] = True
         if self.interpolates and tuple(pixel_values.shape[-2:]) != self.native_size:
             kwargs["interpolate_pos_encoding"] = True
         encoded = self.encoder(pixel_values=pixel_values, **kwargs)
-        features = self.norm(self.pool(encoded, count_patches(self.config.encoder_config, pixel_values)))
+        features = self.norm(self.pool(encoded, pixel_values))
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded.last_hidden_state,
             pooler_output=features,
@@ -170,7 +180,7 @@ class FerForImageClassification(FerPreTrainedModel):
         super().__init__(config)
         self.fer = FerModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.encoder_config.hidden_size, len(config.class_names))
+        self.classifier = nn.Linear(config.feature_size, len(config.class_names))
         self.post_init()
 
     def forward(

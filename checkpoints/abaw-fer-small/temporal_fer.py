@@ -140,7 +140,7 @@ class TemporalTransformer(nn.Module):
         self.width, self.heads = config.temporal_hidden_size, config.temporal_num_heads
         self.window, self.causal = config.temporal_window, config.temporal_causal
         self.reach = self.window  # frames that a stream remembers
-        self.project = nn.Linear(config.encoder_config.hidden_size, self.width)
+        self.project = nn.Linear(config.feature_size, self.width)
         self.layers = nn.ModuleList(
             TemporalLayer(self.width, self.heads, self.window, self.causal, config.temporal_dropout)
             for _ in range(config.temporal_num_layers)
@@ -235,7 +235,7 @@ class TemporalConvolution(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.width, self.causal = config.temporal_hidden_size, config.temporal_causal
-        self.project = nn.Linear(config.encoder_config.hidden_size, self.width)
+        self.project = nn.Linear(config.feature_size, self.width)
         self.layers = nn.ModuleList(
             ConvolutionLayer(self.width, 2**i, self.causal, config.temporal_dropout)
             for i in range(config.temporal_num_layers)
@@ -272,7 +272,7 @@ class PerFrame(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.width = config.encoder_config.hidden_size
+        self.width = config.feature_size
 
     def forward(self, features: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Frames as they are."""
