@@ -134,9 +134,10 @@ def share_statistics(model: nn.Module, accelerator: Accelerator) -> None:
     """Make running statistics of batch norms their mean over processes: each saw its own part of a batch."""
     if accelerator.num_processes > 1:
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 for statistic in (module.running_mean, module.running_var):
-                    statistic.copy_(accelerator.reduce(statistic.clone(), "mean"))
+                    if statistic is not None:
+                        statistic.copy_(accelerator.reduce(statistic.clone(), "mean"))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
