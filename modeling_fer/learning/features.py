@@ -111,7 +111,9 @@ def model_digest(model: nn.Module, normalize: Normalize, size: int) -> str:
     state.update(f"{VERSION} {size} {config.pooling} {config.encoder_config.to_json_string()}".encode())
     given = {**model.state_dict(), "scale": normalize.scale, "shift": normalize.shift}
     for name, values in sorted(given.items()):
-        state.update(name.encode() + values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        state.update(
+            name.encode() + values.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return state.hexdigest()
 
 
