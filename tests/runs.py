@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, from a server that has the imports behind it.
+"""Training runs in processes of their own, from a server that has the imports behind it, or in this one.
 
 A fresh interpreter spends seconds on imports, a run of a tiny model less.
 """
@@ -7,7 +7,14 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers.utils import logging
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["modeling_fer.learning.image", "modeling_fer.learning.pretrain"])
@@ -44,3 +51,22 @@ def run_here(argv: list[str], killed_before: int | None = None) -> None:
         process.kill()
     expected = 0 if killed_before is None else -signal.SIGKILL
     assert process.exitcode == expected, log.read_text()[-3000:]
+
+
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """What trains in here does so on the CPU, as in a process of its own; what it sets up is put back."""
+    threads, flash = torch.get_num_threads(), torch.backends.cuda.flash_sdp_enabled()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+            yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.set_num_threads(threads)
+        torch.backends.cuda.enable_flash_sdp(flash)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -20,6 +20,7 @@ from modeling_fer.data.sources.synthetic import SyntheticOptions, examples
 from modeling_fer.labels import FER2013_ORDER, class_id
 from modeling_fer.learning.command_line import parse_arguments
 from release import Release, Step, main, run_step
+from tests.runs import in_this_process
 
 SCALES = ("cpu", "gpu", "tiny")
 
@@ -235,5 +236,6 @@ def test_the_image_stage_of_each_scale_trains(scale, prepared, tmp_path):
     small = ["--image_size=16", "--patch_size=8", "--hidden_size=16", "--num_layers=1", "--num_heads=2"]
     steps = ["--max_steps=4", "--batch_size=8", "--eval_steps=4", "--save_steps=4", "--encoder="]
     places = [f"--data={prepared}", f"--output_dir={tmp_path / 'run'}"]
-    train.train(parse_arguments(["--config", str(made.config("image")), *small, *steps, *places]))
+    with in_this_process():
+        train.train(parse_arguments(["--config", str(made.config("image")), *small, *steps, *places]))
     assert (tmp_path / "run/metrics.json").exists()

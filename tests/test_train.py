@@ -20,6 +20,7 @@ from modeling_fer import FerForImageClassification
 from modeling_fer.data import schema
 from modeling_fer.learning.arguments import FREE_ON_RESUME
 from modeling_fer.learning.command_line import parse_arguments
+from tests.runs import in_this_process
 
 ROOT = Path(__file__).parents[1]
 # Not accelerate's launcher: on CPUs it starts one process, whatever the number that is asked for.
@@ -286,11 +287,11 @@ def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(prepared, tmp
         ({"batch_size": 7, "accumulation_steps": 2, "resume": "auto"}, "does not divide"),
     ],
 )
-def test_wrong_resumes_are_told(finished, prepared, options, message, monkeypatch):
+def test_wrong_resumes_are_told(finished, prepared, options, message):
     import train
 
     argv = command(prepared, finished, **options)[2:]
-    with pytest.raises((ValueError, OSError), match=message):
+    with in_this_process(), pytest.raises((ValueError, OSError), match=message):
         train.train(parse_arguments(argv))
 
 

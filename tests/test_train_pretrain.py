@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import DatasetDict
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTModel
-from transformers.utils import logging
 
 import train
 from modeling_fer import FerForImageClassification
 from modeling_fer.data import schema
 from modeling_fer.learning.command_line import parse_arguments
+from tests.runs import in_this_process
 from tests.test_train import STEPS, TWO_PROCESSES, assert_same_run, command, environment, history, run
 
 PRETRAIN = {"stage": "pretrain", "decoder_hidden_size": 8, "decoder_layers": 1, "augmentation": "crop"}
@@ -28,19 +27,9 @@ EXACT = {"augmentation": "none", "erasing": 0, "precision": "no"}
 
 @pytest.fixture(scope="module", autouse=True)
 def as_in_a_process_of_its_own():
-    """Runs inside this process spare its start; what they set up for good is put back."""
-    threads, flash = torch.get_num_threads(), torch.backends.cuda.flash_sdp_enabled()
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
+    """Runs inside this process spare its start."""
+    with in_this_process():
         yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
-    torch.backends.cuda.enable_flash_sdp(flash)
-    logging.set_verbosity(verbosity)
-    if bars:
-        logging.enable_progress_bar()
 
 
 def run_here(data, out, **options):
