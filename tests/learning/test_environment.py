@@ -11,17 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import command
-from transformers.utils import logging
 
 import train
 from modeling_fer import __version__
 from modeling_fer.learning import environment
 from modeling_fer.learning.command_line import parse_arguments
 from modeling_fer.learning.environment import CpuCounter, Environment, cpu_counter, gpu_counter, stated_watts
+from tests.runs import in_this_process
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -49,11 +48,7 @@ def no_counters(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run_here(prepared, tmp_path, monkeypatch):
-    """Train in this process, and put back what that sets up for good; `dies_before`: the step not reached."""
-    threads, flash = torch.get_num_threads(), torch.backends.cuda.flash_sdp_enabled()
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    """Train in this process; `dies_before`: the step not reached."""
     seed_step = train.seed_step
 
     def start(dies_before=None, **options):
@@ -68,13 +63,8 @@ def run_here(prepared, tmp_path, monkeypatch):
         train.train(parse_arguments([str(flag) for flag in flags[2:]]))
         return record(tmp_path / "run/environment.json")
 
-    yield start
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
-    torch.backends.cuda.enable_flash_sdp(flash)
-    logging.set_verbosity(verbosity)
-    if bars:
-        logging.enable_progress_bar()
+    with in_this_process():
+        yield start
 
 
 def test_a_run_records_what_it_ran_on_and_what_it_took(run_here, tmp_path):
