@@ -4,12 +4,12 @@
     python release.py ... --scale gpu             # ViT-Small at 96 px, hundreds of epochs
     python release.py ... --minutes 9             # stops in time; the same command goes on
 
-prepare the data -> pretrain a ViT on faces without labels -> first round: a teacher -> second round: the
-teacher labels those faces, and the ViT learns from its probabilities and from all labels -> the better of the
+prepare the data -> pretrain a ViT on faces without labels -> first round: a teacher -> second round: it labels
+those faces, and a student that starts from its encoder learns from it and from all labels -> the better of the
 two by validation, calibrated and judged -> temporal stage on simulated streams -> card -> exports. What is
 done is not done again; trainings and labelling go on where they stopped, other steps start anew. Each is a
-command that is printed and can be run by hand; OUT/summary.json has what they took and gave. On a CPU the
-teacher is convolutional, for speed; with `--scale gpu` a ViT that also learns from faces without labels.
+command that is printed and can be run by hand; OUT/summary.json has what they took and gave. With `--scale cpu`
+the encoder is a new convolutional one, for speed, and nothing is pretrained: masked autoencoding is for ViTs.
 """
 
 import argparse
@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent
 STAGES = ("pretrain", "image", "second", "video")
 SCALED = {*STAGES, "accelerate", "select", "streams", "folds"}  # what a file of configs/release/ may hold
 BOTH = "fer2013_and_votes"  # FER2013 with the votes of FER+, all labels in one
+KEYS = ("accuracy", "macro_f1_present", "ece")  # what the summary tells of each round
 OWN_WEIGHT = "0.5"  # of FER2013's own label, beside the votes of FER+
 # For glibc: freed memory is kept, and lies on huge pages; `benchmarks.efficiency` says what that gains.
 HUGE_PAGES = {
@@ -85,11 +86,7 @@ class Release:
     repo: str
 
     def scaled(self) -> dict[str, Any]:
-        """What the scale changes: options of each stage, and flags of other commands.
-
-        Raises:
-            ValueError: the file names something else.
-        """
+        """What the scale changes: options of stages, flags of commands; ValueError if it names others."""
         path = ROOT / "configs" / "release" / f"{self.scale}.yaml"
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         if unknown := sorted(found.keys() - SCALED):
@@ -109,7 +106,7 @@ class Release:
         places: dict[str, dict[str, Any]] = {
             "pretrain": {"data": f"labelled={data / 'fer2013'}{unlabelled}"},
             "image": {"data": f"labelled={data / BOTH}"},
-            "second": {"data": data / BOTH, "encoder": encoder, "teacher": out / "image" / "model"},
+            "second": {"data": data / BOTH, **dict.fromkeys(("encoder", "teacher"), out / "image" / "model")},
             "video": {"data": data / "streams", "encoder": out / "final" / "model"},
         }
         for stage, place in places.items():
@@ -122,6 +119,10 @@ class Release:
             if merged.get("method", "supervised") != "supervised":
                 merged["data"] += unlabelled
             write_whole(self.config(stage), yaml.safe_dump(merged, sort_keys=False).encode())
+
+    def pretrains(self) -> bool:
+        """Whether the first round starts from a pretrained encoder, and not from a new one."""
+        return not yaml.safe_load(self.config("image").read_text()).get("encoder_config")
 
     def better(self) -> Path:
         """The run of the first or of the second round, by macro F1 on validation; the first on a tie."""
@@ -151,7 +152,8 @@ class Release:
         yield prepare("fer2013", fer2013, *csv)
         yield prepare("fer2013", both, *csv, "--ferplus", self.ferplus, "--own_weight", OWN_WEIGHT)
         yield prepare("folder", faces, "--root", self.faces, "--unlabeled", "True")
-        yield train("pretraining", "pretrain", out / "pretrain/learning_curve.png")
+        if self.pretrains():
+            yield train("pretraining", "pretrain", out / "pretrain/learning_curve.png")
         yield train("image stage", "image", out / "image/metrics.json")
         rounds = [sys.executable, str(ROOT / "pseudo_label.py"), "rounds", "--rounds", "1"]
         rounds += ["--model", str(out / "image/model"), "--images", faces, "--labelled", both]
@@ -160,12 +162,8 @@ class Release:
         second = out / "second/round-1/run/metrics.json"
         yield Step("labelling and second round", rounds, second, self.config("second"))
         calibrate = [*fer, "calibrate", "--model", str(self.better() / "model"), "--data", both]
-        yield Step(
-            "calibration",
-            [*calibrate, "--bias", "--grey", "--half", "--out", str(final)],
-            final / "model",
-            anew=True,
-        )
+        calibrate += ["--bias", "--grey", "--half", "--out", str(final)]
+        yield Step("calibration", calibrate, final / "model", anew=True)
         judge = [*fer, "eval", "--model", image_model, "--data", both, "--out", str(final / "validation")]
         yield Step("evaluation", judge, final / "validation/metrics.json")
         yield prepare("streams", streams, "--stills", fer2013, *map(str, scaled.get("streams", [])))
@@ -190,8 +188,8 @@ class Release:
         def read(path: str) -> dict[str, Any]:
             return json.loads((self.out / path).read_text())
 
-        runs = {"pretrain": "pretrain", "image": "image", "second": "second/round-1/run", "video": "video"}
-        keys = ("accuracy", "macro_f1_present", "ece")
+        runs = {"image": "image", "second": "second/round-1/run", "video": "video"}
+        runs |= {"pretrain": "pretrain"} if self.pretrains() else {}
         judged = {"image": "image", "second": runs["second"], "final": "final/validation"}
         scores = {name: read(f"{path}/metrics.json") for name, path in judged.items()}
         records = [json.loads(path.read_text()) for path in sorted((self.out / "steps").glob("*.json"))]
@@ -200,7 +198,7 @@ class Release:
             "chosen": self.better().relative_to(self.out).as_posix(),
             "seconds": {one["name"]: one["seconds"] for one in records},
             "trainings": {name: read(f"{run}/environment.json") for name, run in runs.items()},
-            "validation": {name: {key: found[key] for key in keys} for name, found in scores.items()},
+            "validation": {name: {key: found[key] for key in KEYS} for name, found in scores.items()},
             "calibration": read("final/calibration.json"),
             "streams": read("video/test/comparison.json"),
         }

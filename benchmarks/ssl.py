@@ -9,6 +9,13 @@ the same encoder, steps, batch and augmentation, and its last weights are what i
     accelerate launch train.py --config configs/pretrain_cpu.yaml
     python -m benchmarks.ssl run --encoder runs/pretrain_cpu/model    # one or several such processes
     python -m benchmarks.ssl table
+
+Or all methods start from what the labelled faces alone have taught a new convolutional network, so that its
+predictions are worth something from the first step on:
+
+    python -m benchmarks.ssl run --config configs/ssl_start_cpu.yaml --methods supervised --runs runs/ssl_start
+    python -m benchmarks.ssl run --config configs/ssl_convolutional_cpu.yaml \\
+        --encoder "runs/ssl_start/{protocol}-supervised-{seed}/run/model"
 """
 
 import argparse
@@ -48,7 +55,7 @@ from modeling_fer.learning.inference import (
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-CONFIG = Path(__file__).parents[1] / "configs" / "ssl_cpu.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
 SLICE = 2_000  # training faces set aside for choosing settings
 TAU = 0.5  # strength of debiasing
 HEAD, RATIO = 1_000, 50  # long tail: labels of the largest class, and how many times those of the smallest
@@ -186,6 +193,7 @@ def run_one(
     protocol: str,
     method: str,
     seed: int,
+    config: Path,
     encoder: str,
     source: Path,
     beside: list[str],
@@ -194,9 +202,11 @@ def run_one(
 ) -> None:
     """Train and score one cell of the grid, unless it is done or another process is at it."""
     name = f"{protocol}-{method}-{seed}".replace(" ", "_")
+    encoder = encoder.format(protocol=protocol.replace(" ", "_"), seed=seed)
     run = root / name
     data = root.parent / "ssl_data" / f"{protocol}-{seed}".replace(" ", "_")
-    settings = {**yaml.safe_load(CONFIG.read_text()), "encoder": encoder, **METHODS[method]}
+    settings = {**yaml.safe_load(config.read_text()), **METHODS[method]}
+    settings = {"encoder": "" if "encoder_config" in settings else encoder, **settings}
     folders = ",".join([f"labelled={data}", *(f"unlabelled={path}" for path in beside)])
     settings |= {"data": folders, "output_dir": run / "run", "seed": seed}
     arguments = parse_arguments([f"--{k}={v}" for k, v in settings.items()] + extra)
@@ -344,7 +354,10 @@ def main() -> None:
     parser.add_argument("action", choices=("run", "table"))
     parser.add_argument("--data", type=Path, default=Path("data/fer2013"))
     parser.add_argument("--unlabelled", nargs="*", default=[], help="further folders, of another domain")
-    parser.add_argument("--encoder", default="runs/pretrain_cpu/model")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "ssl_cpu.yaml")
+    parser.add_argument(
+        "--encoder", default="runs/pretrain_cpu/model", help="may hold {protocol} and {seed}, to be filled in"
+    )
     parser.add_argument("--protocols", nargs="+", default=["25", "250", "long tail"], choices=PROTOCOLS)
     parser.add_argument("--methods", nargs="+", default=SEMI, choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -358,7 +371,7 @@ def main() -> None:
     for seed, protocol, method in itertools.product(args.seeds, args.protocols, args.methods):
         if method.endswith(", balanced") and protocol != "long tail":
             continue
-        run_one(protocol, method, seed, args.encoder, args.data, args.unlabelled, args.runs, extra)
+        run_one(protocol, method, seed, args.config, args.encoder, args.data, args.unlabelled, args.runs, extra)
 
 
 if __name__ == "__main__":

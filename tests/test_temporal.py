@@ -62,7 +62,7 @@ def reference(model, x, positions):
         q, k, v = (
             layer.query_key_value(layer.attention_norm(hidden)).unflatten(-1, (3, layer.heads, -1)).unbind(1)
         )
-        angles = [a[0] for a in rotary_angles(positions[None], q.shape[-1])]
+        angles = [a[0, :, 0] for a in rotary_angles(positions[None], q.shape[-1])]
         q, k = rotate(q, angles), rotate(k, angles)
         rows = []
         for i in range(len(x)):
