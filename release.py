@@ -4,12 +4,13 @@
     python release.py ... --scale gpu             # ViT-Small at 96 px, hundreds of epochs
     python release.py ... --minutes 9             # stops in time; the same command goes on
 
-prepare the data -> pretrain a ViT on faces without labels -> first round: a teacher -> second round: it labels
-those faces, and a student that starts from its encoder learns from it and from all labels -> the better of the
-two by validation, calibrated and judged -> temporal stage on simulated streams -> card -> exports. What is
-done is not done again; trainings and labelling go on where they stopped, other steps start anew. Each is a
-command that is printed and can be run by hand; OUT/summary.json has what they took and gave. With `--scale cpu`
-the encoder is a new convolutional one, for speed, and nothing is pretrained: masked autoencoding is for ViTs.
+prepare the data -> pretrain a ViT on faces without labels -> first round: a teacher -> second round: it
+labels those faces, and a student that starts from its encoder learns from it and from all labels -> the better of
+the two by validation, calibrated and judged -> temporal stage on simulated streams -> card -> exports. What
+is done is not done again; trainings and labelling go on where they stopped, other steps start anew. Each is a
+command that is printed and can be run by hand; OUT/summary.json has what they took and gave. With `--scale
+gpu` the first round learns from faces without labels, too; with `--scale cpu` its encoder is convolutional,
+for speed, and starts new: masked autoencoding is for ViTs, so nothing is pretrained.
 """
 
 import argparse
@@ -36,7 +37,7 @@ ROOT = Path(__file__).parent
 STAGES = ("pretrain", "image", "second", "video")
 SCALED = {*STAGES, "accelerate", "select", "streams", "folds"}  # what a file of configs/release/ may hold
 BOTH = "fer2013_and_votes"  # FER2013 with the votes of FER+, all labels in one
-KEYS = ("accuracy", "macro_f1_present", "ece")  # what the summary tells of each round
+SCORES = ("accuracy", "macro_f1_present", "ece")  # what the summary tells of each round
 OWN_WEIGHT = "0.5"  # of FER2013's own label, beside the votes of FER+
 # For glibc: freed memory is kept, and lies on huge pages; `benchmarks.efficiency` says what that gains.
 HUGE_PAGES = {
@@ -86,7 +87,11 @@ class Release:
     repo: str
 
     def scaled(self) -> dict[str, Any]:
-        """What the scale changes: options of stages, flags of commands; ValueError if it names others."""
+        """What the scale changes: options of each stage, and flags of other commands.
+
+        Raises:
+            ValueError: the file names something else, or no file for accelerate.
+        """
         path = ROOT / "configs" / "release" / f"{self.scale}.yaml"
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         if unknown := sorted(found.keys() - SCALED):
@@ -121,8 +126,8 @@ class Release:
             write_whole(self.config(stage), yaml.safe_dump(merged, sort_keys=False).encode())
 
     def pretrains(self) -> bool:
-        """Whether the first round starts from a pretrained encoder, and not from a new one."""
-        return not yaml.safe_load(self.config("image").read_text()).get("encoder_config")
+        """Whether the first round, as `write_configs` has it, starts from a pretrained encoder."""
+        return bool(yaml.safe_load(self.config("image").read_text()).get("encoder"))
 
     def better(self) -> Path:
         """The run of the first or of the second round, by macro F1 on validation; the first on a tie."""
@@ -168,8 +173,7 @@ class Release:
         yield Step("evaluation", judge, final / "validation/metrics.json")
         yield prepare("streams", streams, "--stills", fer2013, *map(str, scaled.get("streams", [])))
         yield train("temporal stage", "video", video / "metrics.json")
-        folds = ["--k", str(scaled.get("folds", 3)), "--out", str(video / "folds")]
-        folds += ["--model", str(video / "model")]
+        folds = ["--k", str(scaled.get("folds", 3)), "--out", f"{video}/folds", "--model", f"{video}/model"]
         made = video / "folds/cross_validation.json"
         yield train("temporal folds", "video", made, "cross_validate.py", *folds)
         judge = [*fer, "eval", "--model", str(video / "model"), "--against", image_model, "--data", streams]
@@ -198,7 +202,7 @@ class Release:
             "chosen": self.better().relative_to(self.out).as_posix(),
             "seconds": {one["name"]: one["seconds"] for one in records},
             "trainings": {name: read(f"{run}/environment.json") for name, run in runs.items()},
-            "validation": {name: {key: found[key] for key in KEYS} for name, found in scores.items()},
+            "validation": {name: {key: found[key] for key in SCORES} for name, found in scores.items()},
             "calibration": read("final/calibration.json"),
             "streams": read("video/test/comparison.json"),
         }
@@ -215,6 +219,8 @@ def run_step(step: Step, record: Path, deadline: float | None) -> None:
     """
     told = {**step.told(), "seconds": 0.0, "done": False}
     before = json.loads(record.read_text()) if record.exists() else told
+    if not before["done"] and before["name"] != step.name:  # of a recipe with other steps
+        before = told
     if before["done"] and step.made.exists():
         if changed := [key for key in ("name", "command", "config") if before[key] != told[key]]:
             raise ValueError(
@@ -275,11 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     scales = sorted(path.stem for path in (ROOT / "configs" / "release").glob("*.yaml"))
     parser.add_argument("--scale", default="cpu", choices=scales, help="for which machine (default: cpu)")
     parser.add_argument("--repo", default="org/abaw-fer-small", help="name on the Hub, for the card")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        help=f"stop after so many, with exit code {os.EX_TEMPFAIL}; run again to go on",
-    )
+    parser.add_argument("--minutes", type=float, help=f"stop after so many (exit code {os.EX_TEMPFAIL})")
     args = vars(parser.parse_args(argv))
     minutes = args.pop("minutes")
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that what was started ends, too

@@ -10,12 +10,15 @@ the same encoder, steps, batch and augmentation, and its last weights are what i
     python -m benchmarks.ssl run --encoder runs/pretrain_cpu/model    # one or several such processes
     python -m benchmarks.ssl table
 
-Or all methods start from what the labelled faces alone have taught a new convolutional network, so that its
-predictions are worth something from the first step on:
+Or all methods start from the encoder that the labelled faces alone have made of a new convolutional network
+(norm and classifier are new), so that unlabelled faces can count within a CPU's few steps; at half the
+resolution, for speed:
 
-    python -m benchmarks.ssl run --config configs/ssl_start_cpu.yaml --methods supervised --runs runs/ssl_start
-    python -m benchmarks.ssl run --config configs/ssl_convolutional_cpu.yaml \\
+    python -m benchmarks.ssl run --config configs/ssl_start_cpu.yaml --runs runs/ssl_start \\
+        --methods supervised
+    python -m benchmarks.ssl run --config configs/ssl_convolutional_cpu.yaml --runs runs/ssl_convolutional \\
         --encoder "runs/ssl_start/{protocol}-supervised-{seed}/run/model"
+    python -m benchmarks.ssl table --runs runs/ssl_convolutional --name ssl_convolutional_cpu
 """
 
 import argparse
@@ -237,6 +240,8 @@ def run_one(
         "last_round": rounds[-1] if rounds else None,
         **cost_of(run / "run", history),
         "settings": {k: str(v) for k, v in settings.items() if k not in ("data", "output_dir", "encoder")},
+        "config": config.name,
+        "encoder": settings["encoder"],
         "extra": extra,
         "unlabelled": [Path(path).name for path in beside],
     }
@@ -371,7 +376,9 @@ def main() -> None:
     for seed, protocol, method in itertools.product(args.seeds, args.protocols, args.methods):
         if method.endswith(", balanced") and protocol != "long tail":
             continue
-        run_one(protocol, method, seed, args.config, args.encoder, args.data, args.unlabelled, args.runs, extra)
+        run_one(
+            protocol, method, seed, args.config, args.encoder, args.data, args.unlabelled, args.runs, extra
+        )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def pack(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rotary_angles(positions: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine `(B, N, 1, 1, size / 2)` of rotary embeddings (Su et al., "RoFormer", 2021, equation 15).
+    """Cosine and sine `(B, N, 1, 1, size / 2)` of rotary embeddings (Su et al., "RoFormer", 2021, eq. 15).
 
     In float64 up to the angle: after an hour of video, float32 would blur what lies between two frames.
     """
@@ -57,7 +57,7 @@ def rotary_angles(positions: torch.Tensor, size: int) -> tuple[torch.Tensor, tor
 
 
 def rotate(values: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn pairs of features `(B, N, ..., heads, size)` by their frame's angles."""
+    """Turn pairs of features `(B, N, parts, heads, size)` by their frame's angles."""
     cos, sin = (a.to(values.dtype) for a in angles)
     first, second = values.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -92,8 +92,9 @@ class TemporalLayer(nn.Module):
     def project(self, hidden: torch.Tensor, angles: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values `(B, N, heads, size)`, the first two turned to their positions."""
         found = self.query_key_value(self.attention_norm(hidden)).unflatten(-1, (3, self.heads, -1))
-        query, key = rotate(found[:, :, :2], angles).unbind(dim=2)  # both at once: streams pay for every call
-        return query, key, found[:, :, 2]
+        turning, value = found.split((2, 1), dim=2)
+        query, key = rotate(turning, angles).unbind(dim=2)  # at once, since streams pay for every call
+        return query, key, value.squeeze(2)
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """What stands behind attention, whose result is `(B, N, heads, size)`."""
@@ -150,7 +151,7 @@ class TemporalTransformer(nn.Module):
     @staticmethod
     def as_bias(allowed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """What attention adds to its scores: 0 where `allowed`, else minus infinity; once for all layers."""
-        return like.new_zeros(allowed.shape).masked_fill_(allowed.logical_not(), -torch.inf)
+        return torch.where(allowed, like.new_zeros(()), -torch.inf)
 
     def near(self, gaps: torch.Tensor, ranks: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Which frames may be attended to, of a key's position and rank less the query's; itself always."""

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from modeling_fer.learning.command_line import parse_arguments
 from release import Release, Step, main, run_step
 from tests.runs import in_this_process
 
-SCALES = ("cpu", "gpu", "tiny")
+SCALES = ("cpu", "gpu", "tiny", "tiny_vit")
 
 
 def recipe(folder, **changed):
@@ -41,9 +42,17 @@ def test_each_stage_has_a_configuration_that_train_reads(scale, tmp_path):
     assert parsed["pretrain"].stage == "pretrain"
     image = parsed["image"]
     assert image.encoder == ("" if image.encoder_config else str(made.out / "pretrain/model"))
-    assert made.pretrains() == (not image.encoder_config) == (scale != "cpu")
+    assert made.pretrains() == (not image.encoder_config) == (scale in ("gpu", "tiny_vit"))
     assert parsed["second"].encoder == parsed["second"].teacher == str(made.out / "image/model")
-    assert image.image_size == parsed["pretrain"].image_size  # what a teacher sees, its student sees
+    if made.pretrains():
+        assert image.image_size == parsed["pretrain"].image_size
+    first = [step.name for step in islice(made.steps(), 5)]  # those after it ask for what these make
+    assert first[:3] == ["data: fer2013", "data: fer2013_and_votes", "data: faces"]
+    assert (
+        first[3:]
+        == ["pretraining", "image stage"][not made.pretrains() :]
+        + ["labelling and second round"][made.pretrains() :]
+    )
     assert (parsed["video"].stage, parsed["video"].encoder) == ("video", str(made.out / "final/model"))
     assert len({arguments.output_dir for arguments in parsed.values()}) == len(parsed)
 
@@ -98,6 +107,9 @@ def test_what_failed_is_done_again_and_its_time_adds_up(tmp_path):
     run_step(counting(tmp_path), record, None)  # with another command: what failed may be mended
     assert count(tmp_path) == 2
     assert json.loads(record.read_text())["seconds"] > 100
+    record.write_text(json.dumps({**told, "seconds": 100.0, "name": "another"}))  # of an older recipe
+    run_step(counting(tmp_path), record, None)
+    assert json.loads(record.read_text())["seconds"] < 100
 
 
 def test_what_is_done_with_other_words_is_refused(tmp_path):
@@ -208,22 +220,24 @@ def write_fer2013(folder):
 
 
 @pytest.mark.slow
-def test_the_whole_recipe(tmp_path):
+@pytest.mark.parametrize("scale", ["tiny", "tiny_vit"])
+def test_the_whole_recipe(scale, tmp_path):
     write_fer2013(tmp_path)
     flags = ["--fer2013", "fer2013.csv", "--ferplus", "fer2013new.csv", "--faces", "faces", "--out", "out"]
-    command = [sys.executable, str(release.ROOT / "release.py"), *flags, "--scale", "tiny"]
+    command = [sys.executable, str(release.ROOT / "release.py"), *flags, "--scale", scale]
     stopped = subprocess.run([*command, "--minutes", "0.7"], cwd=tmp_path, timeout=300)
     assert stopped.returncode == 75  # by far too short for all of it
     subprocess.run(command, cwd=tmp_path, check=True, timeout=1500)
     out = tmp_path / "out"
     told = json.loads((out / "summary.json").read_text())
-    assert set(told["trainings"]) == {"pretrain", "image", "second", "video"}
-    assert len(told["seconds"]) == len(list((out / "steps").iterdir())) == 14
+    pretrained = {"pretrain"} if scale == "tiny_vit" else set()
+    assert set(told["trainings"]) == {"image", "second", "video"} | pretrained
+    assert len(told["seconds"]) == len(list((out / "steps").iterdir())) == 13 + len(pretrained)
     assert told["chosen"] in ("image", "second/round-1/run")
     assert yaml.safe_load((out / "final/model/README.md").read_text().split("---")[1])["library_name"]
     assert (out / "export/onnx").is_dir()
     again = subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True)
-    assert "pretraining" not in again.stdout  # all is there
+    assert "image stage" not in again.stdout  # all is there
 
 
 @pytest.mark.slow

@@ -96,6 +96,33 @@ def test_the_transformer_attends_to_frames_near_in_order_and_in_time(causal, fra
         assert torch.allclose(found.frame_logits[0], reference(model, x, positions), atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("frames", [12, 37])  # one block, and several
+def test_half_precision_says_what_full_precision_does(causal, frames):
+    model, x = video_model(causal=causal), features(2, frames)
+    mask = torch.arange(frames) % 5 > 0  # some are absent
+    mask = torch.stack([mask, mask.flip(0)])
+    whole = model(frame_features=x, frame_mask=mask).frame_logits
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(frame_features=x, frame_mask=mask).frame_logits
+        half.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.temporal.parameters())
+    scale = whole.abs().max()
+    assert (half.float() - whole).abs().max() < 0.05 * scale
+    with torch.no_grad():
+        model = model.to(torch.bfloat16)
+        stored = model(frame_features=x.bfloat16(), frame_mask=mask).frame_logits
+        assert (stored.float() - whole).abs().max() < 0.05 * scale
+        if causal:
+            stream = model.init_stream(batch_size=2)
+            parts = []
+            for piece in x.bfloat16().split(8, dim=1):
+                logits, _, stream = model.step(piece, stream)
+                parts.append(logits)
+            follows = model(frame_features=x.bfloat16()).frame_logits
+            assert (torch.cat(parts, 1).float() - follows.float()).abs().max() < 0.05 * scale
+
+
 def test_rotary_products_depend_on_the_distance_alone_even_after_hours():
     q, k = features(1, 1, 1), features(1, 1, 1, seed=1)
 

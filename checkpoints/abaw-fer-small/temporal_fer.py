@@ -47,17 +47,17 @@ def pack(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rotary_angles(positions: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine `(B, N, 1, size / 2)` of rotary embeddings (Su et al., "RoFormer", 2021, equation 15).
+    """Cosine and sine `(B, N, 1, 1, size / 2)` of rotary embeddings (Su et al., "RoFormer", 2021, eq. 15).
 
     In float64 up to the angle: after an hour of video, float32 would blur what lies between two frames.
     """
     steps = torch.arange(size // 2, device=positions.device, dtype=torch.float64) / (size // 2)
-    angles = positions.to(torch.float64)[..., None, None] * ROTARY_BASE**-steps
+    angles = positions.to(torch.float64)[..., None, None, None] * ROTARY_BASE**-steps
     return angles.cos().float(), angles.sin().float()
 
 
 def rotate(values: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn pairs of features `(B, N, heads, size)` by their frame's angles."""
+    """Turn pairs of features `(B, N, parts, heads, size)` by their frame's angles."""
     cos, sin = (a.to(values.dtype) for a in angles)
     first, second = values.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -92,8 +92,9 @@ class TemporalLayer(nn.Module):
     def project(self, hidden: torch.Tensor, angles: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values `(B, N, heads, size)`, the first two turned to their positions."""
         found = self.query_key_value(self.attention_norm(hidden)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = found.unbind(dim=2)
-        return rotate(query, angles), rotate(key, angles), value
+        turning, value = found.split((2, 1), dim=2)
+        query, key = rotate(turning, angles).unbind(dim=2)  # at once, since streams pay for every call
+        return query, key, value.squeeze(2)
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """What stands behind attention, whose result is `(B, N, heads, size)`."""
@@ -101,29 +102,29 @@ class TemporalLayer(nn.Module):
         grown = nn.functional.gelu(self.mlp_up(self.mlp_norm(hidden)))
         return hidden + self.dropout(self.mlp_down(grown))
 
-    def forward(self, hidden: torch.Tensor, angles: Any, allowed: torch.Tensor, size: int) -> torch.Tensor:
-        """Packed frames `(B, N, width)` in blocks of `size`; `allowed` is what `near` says of their keys."""
+    def forward(self, hidden: torch.Tensor, angles: Any, bias: torch.Tensor, size: int) -> torch.Tensor:
+        """Packed frames `(B, N, width)` in blocks of `size`; `bias` of their keys is that of `as_bias`."""
         query, key, value = self.project(hidden, angles)
-        neighbours = (0, 0) if allowed.shape[-1] == size else (1, int(not self.causal))
+        neighbours = (0, 0) if bias.shape[-1] == size else (1, int(not self.causal))
         query, key, value = (
             beside(part, size, *around).flatten(0, 1).transpose(1, 2)
             for part, around in ((query, (0, 0)), (key, neighbours), (value, neighbours))
         )
         attended = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed.flatten(0, 1)[:, None]
+            query, key, value, attn_mask=bias.flatten(0, 1)[:, None]
         )
         attended = attended.transpose(1, 2).unflatten(0, (len(hidden), -1)).flatten(1, 2)
         return self.finish(hidden, attended)
 
     def extend(
-        self, hidden: torch.Tensor, angles: Any, allowed: torch.Tensor, past: tuple[torch.Tensor, ...]
+        self, hidden: torch.Tensor, angles: Any, bias: torch.Tensor, past: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Frames that follow those of `past` (keys and values); returns them, and keys and values of all."""
         query, *new = self.project(hidden, angles)
         both = tuple(torch.cat([old.to(n.dtype), n], dim=1) for old, n in zip(past, new, strict=True))
         key, value = (part.transpose(1, 2) for part in both)
         attended = nn.functional.scaled_dot_product_attention(
-            query.transpose(1, 2), key, value, attn_mask=allowed[:, None]
+            query.transpose(1, 2), key, value, attn_mask=bias[:, None]
         )
         return self.finish(hidden, attended.transpose(1, 2)), both
 
@@ -147,6 +148,11 @@ class TemporalTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(self.width)
 
+    @staticmethod
+    def as_bias(allowed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """What attention adds to its scores: 0 where `allowed`, else minus infinity; once for all layers."""
+        return torch.where(allowed, like.new_zeros(()), -torch.inf)
+
     def near(self, gaps: torch.Tensor, ranks: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Which frames may be attended to, of a key's position and rank less the query's; itself always."""
         earliest, latest = -self.window, 0 if self.causal else self.window
@@ -167,8 +173,9 @@ class TemporalTransformer(nn.Module):
         allowed = self.near(gaps, ranks, beside(valid, size, *around)[:, :, None])
         angles = rotary_angles(positions, self.width // self.heads)
         hidden = self.project(features)
+        bias = self.as_bias(allowed, hidden)
         for layer in self.layers:
-            hidden = layer(hidden, angles, allowed, size)
+            hidden = layer(hidden, angles, bias, size)
         return self.norm(hidden)[:, :frames]
 
     def start(self, batch: int, like: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], ...]:
@@ -188,8 +195,9 @@ class TemporalTransformer(nn.Module):
         allowed = self.near(gaps, ranks, torch.cat([state.valid, valid], dim=1)[:, None])
         angles = rotary_angles(positions, self.width // self.heads)
         hidden, remembered = self.project(features), []
+        bias = self.as_bias(allowed, hidden)
         for layer, past in zip(self.layers, state.past, strict=True):
-            hidden, both = layer.extend(hidden, angles, allowed, past)  # type: ignore[operator]
+            hidden, both = layer.extend(hidden, angles, bias, past)  # type: ignore[operator]
             remembered.append(both)
         return self.norm(hidden), tuple(remembered)
 

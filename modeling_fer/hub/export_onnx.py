@@ -100,9 +100,10 @@ class TemporalGraph(nn.Module):
         allowed = head.near(gaps, numbers - numbers[:, None], valid[:, None])[:, None]
         angles = rotary_angles(positions, head.width // head.heads)
         hidden = head.project(features)
+        bias = head.as_bias(allowed, hidden)
         for layer in head.layers:
             query, key, value = (part.transpose(1, 2) for part in layer.project(hidden, angles))
-            found = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+            found = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
             hidden = layer.finish(hidden, found.transpose(1, 2))
         return head.norm(hidden)
 

@@ -153,8 +153,8 @@ def read_lineage(
     stage = {**read_stage(home or model, arguments), "learner": learner}
     found = Lineage(read_data(arguments, start, learner), [stage])
     for key, other in (("encoder", ENCODER), ("teacher", TEACHER)):
-        if not (name := arguments.get(key)):
-            continue
+        if not (name := arguments.get(key)) or (key == "teacher" and name == arguments.get("encoder")):
+            continue  # a teacher that it also started from is told of once
         who = TEACHER if learner == TEACHER else other
         before = read_before(name, start, arguments["output_dir"], who, seen)
         found.data += before.data

@@ -473,6 +473,21 @@ def test_a_teacher_is_told_from_its_run_or_its_own_facts(project, checkpoint):
         assert str(project) not in card.text
 
 
+def test_a_teacher_that_it_started_from_is_told_once(project, checkpoint):
+    report(project / "data/web", "fer2013")
+    save_run(project, checkpoint, "first", data="data/web")
+    both = dict.fromkeys(("encoder", "teacher"), "runs/first/model")
+    facts = read_facts(save_run(project, checkpoint, "second", data="data/faces", distillation=0.5, **both))
+    assert [(one.learner, one.name) for one in facts.data] == [
+        ("this model", "faces"),
+        ("its encoder", "web"),
+    ]
+    assert len(facts.stages) == 2
+    card = make_card(facts)
+    assert "from the probabilities that the model it started from gave" in card.text
+    assert card.data.license_name == RESEARCH
+
+
 @pytest.mark.parametrize("encoders", [("runs/one/model",), ("runs/two/model", "runs/one/model")])
 def test_runs_that_start_from_each_other_are_told_once(encoders, project, checkpoint):
     for name, encoder in zip(("one", "two"), encoders, strict=False):
