@@ -361,7 +361,9 @@ def main() -> None:
     parser.add_argument("--unlabelled", nargs="*", default=[], help="further folders, of another domain")
     parser.add_argument("--config", type=Path, default=CONFIGS / "ssl_cpu.yaml")
     parser.add_argument(
-        "--encoder", default="runs/pretrain_cpu/model", help="may hold {protocol} and {seed}, to be filled in"
+        "--encoder",
+        default="runs/pretrain_cpu/model",
+        help="may hold {protocol} and {seed}; unused with encoder_config",
     )
     parser.add_argument("--protocols", nargs="+", default=["25", "250", "long tail"], choices=PROTOCOLS)
     parser.add_argument("--methods", nargs="+", default=SEMI, choices=METHODS)
