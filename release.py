@@ -5,12 +5,13 @@
     python release.py ... --minutes 9             # stops in time; the same command goes on
 
 prepare the data -> pretrain a ViT on faces without labels -> first round: a teacher -> second round: it
-labels those faces, and a student that starts from its encoder learns from it and from all labels -> the better
-of the two by validation, calibrated and judged -> temporal stage on simulated streams -> card -> exports. What
-is done is not done again; trainings and labelling go on where they stopped, other steps start anew. Each is a
-command that is printed and can be run by hand; OUT/summary.json has what they took and gave. With `--scale
-gpu` the first round learns from faces without labels, too; with `--scale cpu` its encoder is convolutional,
-for speed, and starts new: masked autoencoding is for ViTs, so nothing is pretrained.
+labels those faces, and a student that starts from its encoder learns from it and from all labels -> the
+better of the two by validation, calibrated and judged -> temporal stage on simulated streams -> card ->
+exports. What is done is not done again; trainings and labelling go on where they stopped, other steps start
+anew. Each is a command that is printed and can be run by hand; OUT/summary.json has what they took and
+gave. With `--scale gpu` the first round learns from faces without labels, too; with `--scale cpu` its
+encoder is convolutional, for speed, and starts new: masked autoencoding is for ViTs, so nothing is
+pretrained.
 """
 
 import argparse
