@@ -175,10 +175,10 @@ class Release:
         yield prepare("streams", streams, "--stills", fer2013, *map(str, scaled.get("streams", [])))
         yield train("temporal stage", "video", video / "metrics.json")
         folds = ["--k", str(scaled.get("folds", 3)), "--out", f"{video}/folds", "--model", f"{video}/model"]
-        made = video / "folds/cross_validation.json"
-        yield train("temporal folds", "video", made, "cross_validate.py", *folds)
-        judge = [*fer, "eval", "--model", str(video / "model"), "--against", image_model, "--data", streams]
-        judge += ["--split", "test", "--out", str(video / "test")]
+        folded = video / "folds/cross_validation.json"
+        yield train("temporal folds", "video", folded, "cross_validate.py", *folds)
+        judge = [*fer, "eval", "--model", f"{video}/model", "--against", image_model, "--data", streams]
+        judge += ["--split", "test", "--out", f"{video}/test"]
         yield Step("temporal evaluation", judge, video / "test/comparison.json")
         card = [*fer, "card", str(final), "--repo", self.repo, "--eval", str(final / "validation")]
         yield Step("card", card, final / "model/README.md")
@@ -262,8 +262,7 @@ def run(release: Release, deadline: float | None) -> None:
             raise ValueError(f"another release.py is at work in {release.out}") from None
         for number, step in enumerate(release.steps()):
             run_step(step, release.out / "steps" / f"{number:02d}.json", deadline)
-        summary = json.dumps(release.summary(), indent=2) + "\n"
-        write_whole(release.out / "summary.json", summary.encode())
+        write_whole(release.out / "summary.json", (json.dumps(release.summary(), indent=2) + "\n").encode())
     print(f"\nmodel: {release.out / 'final/model'}\nwritten: {release.out / 'summary.json'}")
 
 
