@@ -20,6 +20,8 @@ step; the test split is reported. Each difference is paired over test videos.
     fer data prepare streams --stills data/ferplus --out data/temporal_simulated
     python -m benchmarks.temporal simulated --data data/temporal_simulated \\
         --encoder runs/ferplus_finetune_cpu/model --classes present
+    python -m benchmarks.temporal simulated --name simulated_release --data runs/release/data/streams \\
+        --encoder runs/release/final/model --classes present
     python -m benchmarks.temporal speed
 """
 
@@ -278,20 +280,22 @@ def main() -> None:
     parser.add_argument("--encoder", help="image model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/temporal"))
+    parser.add_argument("--name", help="of the runs and the JSON (default: that of the part)")
     args, extra = parser.parse_known_args()
     if args.part == "speed":
         result = speed(cpu_cores())
         print(json.dumps(result, indent=2))
         write_whole(RESULTS / "temporal_speed_cpu.json", (json.dumps(result, indent=2) + "\n").encode())
         return
-    found = run_heads(args.data, args.encoder, args.seeds, args.runs / args.part, extra)
+    name = args.name or args.part
+    found = run_heads(args.data, args.encoder, args.seeds, args.runs / name, extra)
     about = {
         "data": args.data,
         "encoder": args.encoder,
         "seeds": args.seeds,
         "videos": len(set(found["groups"])),
     }
-    tabulate(found, {**about, "frames": len(found["references"]), "classes": found["classes"]}, args.part)
+    tabulate(found, {**about, "frames": len(found["references"]), "classes": found["classes"]}, name)
 
 
 if __name__ == "__main__":
