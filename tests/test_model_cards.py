@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from modeling_fer.evaluation.report import write_report
 from modeling_fer.hub.card import make_card, write_card
 from modeling_fer.hub.facts import read_facts
-from modeling_fer.hub.runs import FACTS
+from modeling_fer.hub.runs import FACTS, THIS
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS, CARDS = ROOT / "checkpoints", ROOT / "model_cards"
@@ -33,8 +33,9 @@ def card_faults(checkpoint: Path, page: Path) -> list[str]:
         for path in (checkpoint / "README.md", page)
         if not path.is_file() or path.read_text() != card
     ]
-    counts = [one.counts for one in facts.data if one.counts]
-    faults += number_faults(card, sorted(checkpoint.glob("*.json")), sums(counts))
+    counts = [(one.learner, one.counts) for one in facts.data if one.counts]
+    added = sums([found for who, found in counts if who == THIS]) + sums([found for _, found in counts])
+    faults += number_faults(card, sorted(checkpoint.glob("*.json")), added)
     parsed = ModelCard(card)
     faults += [f"no {key}" for key in ("license", "library_name", "pipeline_tag") if not parsed.data.get(key)]
     shown = [*parsed.data.get("widget", [])] if parsed.data.get("widget") else []
