@@ -316,7 +316,9 @@ def test_a_missing_model_is_one_line(command, prepared, photos, tmp_path, capsys
     )
     assert main([command, *rest, "--model", absent]) == 2
     output = capsys.readouterr()
-    assert output.err == f"fer: no model folder {absent}; train one (`make demo`) or pass --model DIR\n"
+    *progress, told = output.err.splitlines()  # data that is read for the first time shows how far it is
+    assert told == f"fer: no model folder {absent}; train one (`make demo`) or pass --model DIR"
+    assert all("Generating" in line or not line for line in progress)
     assert not output.out
 
 
