@@ -208,8 +208,7 @@ def run_one(
     encoder = encoder.format(protocol=protocol.replace(" ", "_"), seed=seed)
     run = root / name
     data = root.parent / "ssl_data" / f"{protocol}-{seed}".replace(" ", "_")
-    settings = {**yaml.safe_load(config.read_text()), **METHODS[method]}
-    settings = {"encoder": "" if "encoder_config" in settings else encoder, **settings}
+    settings = {"encoder": encoder, **yaml.safe_load(config.read_text()), **METHODS[method]}
     folders = ",".join([f"labelled={data}", *(f"unlabelled={path}" for path in beside)])
     settings |= {"data": folders, "output_dir": run / "run", "seed": seed}
     arguments = parse_arguments([f"--{k}={v}" for k, v in settings.items()] + extra)
@@ -363,7 +362,7 @@ def main() -> None:
     parser.add_argument(
         "--encoder",
         default="runs/pretrain_cpu/model",
-        help="may hold {protocol} and {seed}; unused with encoder_config",
+        help="may hold {protocol} and {seed}; a configuration that names one keeps it",
     )
     parser.add_argument("--protocols", nargs="+", default=["25", "250", "long tail"], choices=PROTOCOLS)
     parser.add_argument("--methods", nargs="+", default=SEMI, choices=METHODS)
