@@ -122,12 +122,15 @@ def label(out: str, options: LabelOptions) -> None:
 def run_rounds(out: str, labels: LabelOptions, choice: SelectOptions, options: RoundOptions) -> None:
     """Label, select and train, round after round; each command resumes what it finds, so all of it does.
 
+    Where the configuration has `--model` as its `encoder` or `teacher`, later rounds have the model of the
+    round before.
+
     Raises:
         ValueError: the folder holds rounds with other options.
         subprocess.CalledProcessError: a command failed; it has told why.
     """
     scripts, launch = Path(__file__).parent, shlex.split(options.launch)
-    config = dict(yaml.safe_load(Path(options.config).read_text()) or {})
+    config, first = dict(yaml.safe_load(Path(options.config).read_text()) or {}), labels.model
     choice = dataclasses.replace(choice, against=[options.labelled, *choice.against])
     for number in range(1, options.rounds + 1):
         folder = f"{out}/round-{number}"
@@ -144,6 +147,9 @@ def run_rounds(out: str, labels: LabelOptions, choice: SelectOptions, options: R
             # Written last: it tells that the data set is whole, and of these options.
             write_whole(told, json.dumps(given, indent=2, sort_keys=True) + "\n")
         training = ["--config", options.config, "--data", f"labelled={options.labelled},pseudo={folder}"]
+        for name in ("encoder", "teacher"):
+            if config.get(name) == first != labels.model:
+                training += [f"--{name}", labels.model]
         training += ["--output_dir", f"{folder}/run", "--resume", "auto", *shlex.split(options.train_args)]
         if "cache_dir" not in config and "--cache_dir" not in options.train_args:
             training += ["--cache_dir", f"{folder}/cache"]

@@ -4,14 +4,13 @@
     python release.py ... --scale gpu             # ViT-Small at 96 px, hundreds of epochs
     python release.py ... --minutes 9             # stops in time; the same command goes on
 
-prepare the data -> pretrain a ViT on faces without labels -> first round: a teacher -> second round: it
+prepare the data -> pretrain a ViT on faces without labels -> first round: a teacher -> further rounds: it
 labels those faces, and a student that starts from its encoder learns from it and from all labels -> the
-better of the two by validation, calibrated and judged -> temporal stage on simulated streams -> card ->
-exports. What is done is not done again; trainings and labelling go on where they stopped, other steps start
-anew. Each is a command that is printed and can be run by hand; OUT/summary.json has what they took and
-gave. With `--scale gpu` the first round learns from faces without labels, too; with `--scale cpu` its
-encoder is convolutional, for speed, and starts new: masked autoencoding is for ViTs, so nothing is
-pretrained.
+best round by validation, calibrated and judged -> temporal stage on simulated streams -> card -> exports.
+What is done is not done again; trainings and labelling go on where they stopped, other steps start anew. Each
+is a command that is printed and can be run by hand; OUT/summary.json has what they took and gave. With
+`--scale gpu` the first round learns from faces without labels, too; with `--scale cpu` its encoder is
+convolutional, for speed, and starts new: masked autoencoding is for ViTs, so nothing is pretrained.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from pseudo_label import run_command
 
 ROOT = Path(__file__).parent
 STAGES = ("pretrain", "image", "second", "video")
-SCALED = {*STAGES, "accelerate", "select", "streams", "folds"}  # what a file of configs/release/ may hold
+SCALED = {*STAGES, "accelerate", "rounds", "select", "streams", "folds"}  # in configs/release/*.yaml
 BOTH = "fer2013_and_votes"  # FER2013 with the votes of FER+, all labels in one
 SCORES = ("accuracy", "macro_f1_present", "ece")  # what the summary tells of each round
 OWN_WEIGHT = "0.5"  # of FER2013's own label, beside the votes of FER+
@@ -130,11 +129,14 @@ class Release:
         """Whether the first round, as `write_configs` has it, starts from a pretrained encoder."""
         return bool(yaml.safe_load(self.config("image").read_text()).get("encoder"))
 
-    def better(self) -> Path:
-        """The run of the first or of the second round, by macro F1 on validation; the first on a tie."""
-        runs = (self.out / "image", self.out / "second" / "round-1" / "run")
-        scores = [json.loads((run / "metrics.json").read_text())["macro_f1_present"] for run in runs]
-        return runs[scores[1] > scores[0]]
+    def rounds(self) -> list[str]:
+        """The run of each round, as a folder in `out`."""
+        return ["image", *(f"second/round-{n + 1}/run" for n in range(self.scaled().get("rounds", 1)))]
+
+    def best(self) -> Path:
+        """The run of the best round by macro F1 on validation, the first of those on a tie."""
+        runs = [self.out / run for run in self.rounds()]
+        return max(runs, key=lambda run: json.loads((run / "metrics.json").read_text())["macro_f1_present"])
 
     def steps(self) -> Iterator[Step]:
         """Yield what is to be done, in order; a step is asked for when those before it are done."""
@@ -161,13 +163,13 @@ class Release:
         if self.pretrains():
             yield train("pretraining", "pretrain", out / "pretrain/learning_curve.png")
         yield train("image stage", "image", out / "image/metrics.json")
-        rounds = [sys.executable, str(ROOT / "pseudo_label.py"), "rounds", "--rounds", "1"]
+        *before, last = self.rounds()
+        rounds = [sys.executable, str(ROOT / "pseudo_label.py"), "rounds", "--rounds", f"{len(before)}"]
         rounds += ["--model", str(out / "image/model"), "--images", faces, "--labelled", both]
         rounds += ["--out", str(out / "second"), "--config", str(self.config("second"))]
         rounds += ["--launch", shlex.join(launch), *map(str, scaled.get("select", []))]
-        second = out / "second/round-1/run/metrics.json"
-        yield Step("labelling and second round", rounds, second, self.config("second"))
-        calibrate = [*fer, "calibrate", "--model", str(self.better() / "model"), "--data", both]
+        yield Step("further rounds", rounds, out / last / "metrics.json", self.config("second"))
+        calibrate = [*fer, "calibrate", "--model", str(self.best() / "model"), "--data", both]
         calibrate += ["--bias", "--grey", "--half", "--out", str(final)]
         yield Step("calibration", calibrate, final / "model", anew=True)
         judge = [*fer, "eval", "--model", image_model, "--data", both, "--out", str(final / "validation")]
@@ -193,17 +195,15 @@ class Release:
         def read(path: str) -> dict[str, Any]:
             return json.loads((self.out / path).read_text())
 
-        runs = {"image": "image", "second": "second/round-1/run", "video": "video"}
-        runs |= {"pretrain": "pretrain"} if self.pretrains() else {}
-        judged = {"image": "image", "second": runs["second"], "final": "final/validation"}
-        scores = {name: read(f"{path}/metrics.json") for name, path in judged.items()}
+        trained = [*self.rounds(), "video", *["pretrain"][: self.pretrains()]]
+        scores = {run: read(f"{run}/metrics.json") for run in (*self.rounds(), "final/validation")}
         records = [json.loads(path.read_text()) for path in sorted((self.out / "steps").glob("*.json"))]
         return {
             "scale": self.scale,
-            "chosen": self.better().relative_to(self.out).as_posix(),
+            "chosen": self.best().relative_to(self.out).as_posix(),
             "seconds": {one["name"]: one["seconds"] for one in records},
-            "trainings": {name: read(f"{run}/environment.json") for name, run in runs.items()},
-            "validation": {name: {key: found[key] for key in SCORES} for name, found in scores.items()},
+            "trainings": {run: read(f"{run}/environment.json") for run in trained},
+            "validation": {run: {key: found[key] for key in SCORES} for run, found in scores.items()},
             "calibration": read("final/calibration.json"),
             "streams": read("video/test/comparison.json"),
         }

@@ -1,9 +1,10 @@
 """Training speed: the whole loop of train.py against bare passes of the same model.
 
-Both run the same model, batch and dtype on the same device, turn about, several times; each turn's ratio is
-taken and the median reported. What is missing to 1 pays for loading, augmentation, optimizer, clipping,
-averages and logs. Bare is forward and backward over the labelled batch; with `--method fixmatch`, forward and
-backward over labelled and strong views in one batch, and a forward pass without gradients over weak views.
+Before each step of the loop comes a bare one of another copy of the model, same batch and dtype, so that both
+see the same machine from one second to the next; the ratio is taken step by step and the median reported.
+What is missing to 1 pays for loading, augmentation, optimizer, clipping, averages and logs. Bare is forward
+and backward over the labelled batch; with `--method fixmatch`, forward and backward over labelled and strong
+views in one batch, and a forward pass without gradients over weak views.
 
     python -m benchmarks.throughput                     # ViT-Tiny, 112 px
     python -m benchmarks.throughput --precision no      # in float32
@@ -16,7 +17,10 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import accelerate
 import torch
@@ -27,23 +31,17 @@ from modeling_fer.data.prepare import prepare
 from modeling_fer.data.sources.synthetic import SyntheticOptions
 from modeling_fer.labels import CLASSES
 from modeling_fer.learning.arguments import FerTrainingArguments
+from modeling_fer.learning.fixmatch import FixMatchStep
 from modeling_fer.learning.image import build_model
 from modeling_fer.learning.optimization import choose_precision, cpu_cores, use_cpu
+from modeling_fer.learning.step import SupervisedStep
 
 RESULTS = Path(__file__).parent / "results"
+WARM_UP = 4  # steps
 
 
-def loop_speed(arguments: FerTrainingArguments, run: Path) -> float:
-    """Images a second of the last half of a run of train.py."""
-    arguments.output_dir = str(run)
-    train.train(arguments)
-    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    return [row["images_per_second"] for row in rows if "loss" in row][-1]
-
-
-def bare_speed(arguments: FerTrainingArguments, steps: int) -> float:
-    """Images a second of forward and backward alone, on one batch that is already on the device."""
-    device = accelerate.Accelerator().device
+def bare_step(arguments: FerTrainingArguments, device: torch.device) -> Callable[[], None]:
+    """A function of forward and backward alone, on one batch that is already on the device."""
     model = build_model(arguments, list(CLASSES)).to(device)
     side = arguments.image_size
     unlabelled = arguments.mu * arguments.batch_size if arguments.method == "fixmatch" else 0
@@ -60,15 +58,33 @@ def bare_speed(arguments: FerTrainingArguments, steps: int) -> float:
         torch.nn.functional.cross_entropy(logits.float(), labels).backward()
         model.zero_grad(set_to_none=True)
 
-    for _ in range(steps):  # as much warm-up as the loop has
-        step()
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    wait()
-    return steps * arguments.batch_size / (time.perf_counter() - start)
+    return step
+
+
+def side_by_side(arguments: FerTrainingArguments, device: torch.device) -> list[tuple[float, float]]:
+    """Seconds of a bare step and of the loop's step after it, for each step of a run but the last."""
+    bare, ends, pairs = bare_step(arguments, device), [0.0], []
+    kind = FixMatchStep if arguments.method == "fixmatch" else SupervisedStep
+    loops, passes = kind.__call__, iter(range(arguments.max_steps))
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step(self: Any, *args: Any) -> Any:
+        """The loop's own, after a bare one; from the end of that to the next call is the loop's time."""
+        start = now()
+        bare()
+        end = now()
+        if next(passes):
+            pairs.append((end - start, start - ends[-1]))
+        ends.append(end)
+        return loops(self, *args)
+
+    with mock.patch.object(kind, "__call__", step):
+        train.train(arguments)
+    return pairs
 
 
 def main() -> None:
@@ -80,17 +96,13 @@ def main() -> None:
     parser.add_argument("--method", default="supervised", choices=("supervised", "fixmatch"))
     parser.add_argument("--batch-size", type=int, default=64, help="labelled faces of a step")
     parser.add_argument("--mu", type=int, default=4, help="unlabelled faces for each of them, with fixmatch")
-    parser.add_argument(
-        "--steps", type=int, default=12, help="measured steps of each turn, after as many of warm-up"
-    )
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=30, help="measured steps, after a few of warm-up")
     args = parser.parse_args()
     device = accelerate.Accelerator().device
     precision = choose_precision(args.precision, device)
     if device.type == "cpu":
         use_cpu(0, 1)
 
-    turns = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         prepare(
@@ -99,28 +111,26 @@ def main() -> None:
             data,
             show_progress=False,
         )
-        for turn in range(args.turns):
-            arguments = FerTrainingArguments(
-                data=str(data),
-                output_dir="unset",
-                image_size=112,
-                patch_size=16,
-                method=args.method,
-                batch_size=args.batch_size,
-                mu=args.mu,
-                max_steps=2 * args.steps,
-                log_steps=args.steps,
-                eval_steps=2 * args.steps,
-                save_steps=2 * args.steps,
-                tracker="none",
-                precision=precision,
-            )
-            bare = bare_speed(arguments, args.steps)
-            loop = loop_speed(arguments, Path(folder) / f"run{turn}")
-            turns.append({"bare": bare, "loop": loop, "ratio": loop / bare})
-            print(f"bare {bare:.1f} images/s, whole loop {loop:.1f} images/s, ratio {loop / bare:.3f}")
+        steps = WARM_UP + args.steps + 1
+        arguments = FerTrainingArguments(
+            data=str(data),
+            output_dir=f"{folder}/run",
+            image_size=112,
+            patch_size=16,
+            method=args.method,
+            batch_size=args.batch_size,
+            mu=args.mu,
+            max_steps=steps,
+            log_steps=5,
+            eval_steps=steps,
+            save_steps=steps,
+            tracker="none",
+            precision=precision,
+        )
+        pairs = side_by_side(arguments, device)[WARM_UP:]
 
-    ratios = [turn["ratio"] for turn in turns]
+    ratios = [bare / loop for bare, loop in pairs]
+    quartiles = statistics.quantiles(ratios, n=4)
     result = {
         "model": "ViT-Tiny/16, 112 px, all weights trained",
         "method": args.method,
@@ -129,9 +139,10 @@ def main() -> None:
         "precision": precision,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_cores()} CPU cores",
         "threads": torch.get_num_threads(),
-        "turns": turns,
+        "seconds_bare": [bare for bare, _ in pairs],
+        "seconds_loop": [loop for _, loop in pairs],
         "ratio_median": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
+        "ratio_quartiles": [quartiles[0], quartiles[2]],
         "step_cost_over_bare": 1 / statistics.median(ratios),
         "versions": {
             "python": platform.python_version(),
@@ -143,8 +154,8 @@ def main() -> None:
     name = "throughput" if args.method == "supervised" else f"throughput_{args.method}"
     path = RESULTS / f"{name}_{device.type}_{precision}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    low, high = result["ratio_range"]
-    print(f"whole loop over bare: {result['ratio_median']:.3f} (turns {low:.3f} to {high:.3f})")
+    low, high = result["ratio_quartiles"]
+    print(f"whole loop over bare: {result['ratio_median']:.3f} (quartiles of steps {low:.3f} to {high:.3f})")
     print(f"cost of a step over bare: {result['step_cost_over_bare']:.3f}, written {path}")
 
 

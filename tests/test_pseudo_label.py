@@ -422,6 +422,33 @@ def test_rounds_label_select_and_train_in_turn(faces, checkpoint, prepared, tmp_
     assert seen[5][1] == "select"
 
 
+@pytest.mark.parametrize("name", ["encoder", "teacher"])
+def test_later_rounds_learn_from_the_model_of_the_round_before(
+    name, faces, checkpoint, prepared, tmp_path, monkeypatch
+):
+    out, trained = tmp_path / "rounds", []
+
+    def run(command):
+        if Path(command[1]).name == "pseudo_label.py":
+            pseudo_label.main(command[2:])
+        else:
+            trained.append(dict(zip(command[2::2], command[3::2], strict=True)))
+            shutil.copytree(checkpoint, Path(trained[-1]["--output_dir"]) / "model")
+
+    monkeypatch.setattr(pseudo_label, "run_command", run)
+    other = {"encoder": "teacher", "teacher": "encoder"}[name]
+    config = tmp_path / "x.yaml"
+    config.write_text(f"{name}: {checkpoint}\n{other}: another\n")
+    options = {"model": checkpoint, "images": faces, "out": out, "labelled": prepared, "config": config}
+    pseudo_label.main(command("rounds", **options, rule="quota", quota=4, precision="no")[2:])
+    assert [given.get(f"--{name}") for given in trained] == [
+        None,  # as the configuration has it
+        f"{out}/round-1/run/model",
+        f"{out}/round-2/run/model",
+    ]
+    assert not any(f"--{other}" in given for given in trained)
+
+
 LAUNCHER = """if True:
     import pathlib, subprocess, sys
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])

@@ -4,6 +4,7 @@ Strengths are drawn from torch's global generator: on the CPU wherever the image
 and as many numbers for one batch as for another of its size. So a seed gives the same views on a GPU as well.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -199,6 +200,55 @@ AUGMENTATIONS: dict[str, Callable[..., nn.Module]] = {
     "strong": strong_augmentation,
     "crop": crop_augmentation,
 }
+
+
+class CameraNoise(nn.Module):
+    """Some normalised views underexposed and with noise, as of a poor camera: `clip(e x + sigma n)`.
+
+    The exposure `e` is drawn evenly in its logarithm, the deviation `sigma` evenly, and `n ~ N(0, 1)` for
+    each pixel, the same on all channels; `x` and the limits are grey levels.
+
+    Args:
+        probability: that a view has it.
+        mean: of each channel, as a share of 255, by which views were normalised.
+        std: of each channel, likewise.
+        exposure: ends of the factor of light.
+        deviation: ends of the noise's standard deviation, in grey levels.
+
+    Raises:
+        ValueError: `probability` is none.
+    """
+
+    def __init__(
+        self,
+        probability: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+        exposure: tuple[float, float] = (0.15, 1.0),
+        deviation: tuple[float, float] = (0.0, 25.0),
+    ) -> None:
+        super().__init__()
+        if not 0 <= probability <= 1:
+            raise ValueError(f"the probability of noise must be from 0 to 1, got {probability}")
+        self.probability, self.exposure, self.deviation = probability, exposure, deviation
+        self.normalize = Normalize(mean, std)
+
+    @torch.no_grad()
+    def forward(self, views: torch.Tensor) -> torch.Tensor:
+        """float32 `(B, 3, H, W)` to new ones of the same shape."""
+        count, device = len(views), views.device
+        low, high = (math.log(end) for end in self.exposure)
+        exposure, deviation = _between(low, high, count).exp(), _between(*self.deviation, count)
+        chosen = torch.rand(count) < self.probability
+        # Pixels' noise is drawn where the views are, from a seed of its own: it is far more numbers.
+        generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
+        noise = torch.randn((count, 1, *views.shape[2:]), generator=generator, device=device)
+        factors = torch.stack([exposure.where(chosen, 1.0), deviation.where(chosen, 0.0)])
+        light, strength = factors.to(device, non_blocking=True).view(2, -1, 1, 1, 1)
+        black, scale = self.normalize.shift, self.normalize.scale
+        spoilt = (views - black).mul_(light).add_(noise * strength * scale)
+        spoilt = spoilt.clamp_(torch.zeros_like(scale), 255 * scale).add_(black)
+        return torch.where(chosen.to(device, non_blocking=True).view(-1, 1, 1, 1), spoilt, views)
 
 
 class View(nn.Module):

@@ -166,6 +166,7 @@ class FerTrainingArguments:
     soft_labels: bool = option(False, "learn from vote distributions where a row has one")
     augmentation: str = option("weak", "weak, strong, crop or none; crop is for pretraining")
     erasing: float = option(0.0, "probability that part of a training image is blanked")
+    noise: float = option(0.0, "image: probability that a training image is darkened and made noisy")
 
     seed: int = option(0, "of weights, order and augmentation")
     precision: str = option("auto", "auto: bf16 where the device computes in it, else fp32; or no, bf16")
@@ -234,6 +235,7 @@ class FerTrainingArguments:
             "ema_decay",
             "label_smoothing",
             "erasing",
+            "noise",
             "dropout",
             "warmup",
             "sampling_alpha",
@@ -331,6 +333,8 @@ class FerTrainingArguments:
             self.check_push()
         if self.augmentation == "none" and self.erasing:
             raise ValueError(f"--erasing {self.erasing} needs --augmentation weak, got none")
+        if self.noise and self.stage != "image":
+            raise ValueError(f"--noise {self.noise} is for --stage image: leave it out")
 
     def check_push(self) -> None:
         """Raise what would fail once all is trained: names that the Hub does not take, no card, no base."""

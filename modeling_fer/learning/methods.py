@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from modeling_fer.data.augment import AUGMENTATIONS, View
+from modeling_fer.data.augment import AUGMENTATIONS, CameraNoise, View
 from modeling_fer.learning.arguments import FerTrainingArguments
 from modeling_fer.learning.debias import Alignment, Marginal
 from modeling_fer.learning.feedback import FeedbackStep
@@ -28,6 +28,13 @@ def build_view(name: str, erasing: float, processor: Any, device: torch.device) 
     """uint8 images to augmented and normalised ones, on the device."""
     view = View(AUGMENTATIONS[name](erasing), processor.image_mean, processor.image_std)
     return view.to(device)
+
+
+def build_noise(arguments: FerTrainingArguments, processor: Any) -> nn.Module:
+    """What a camera may do to views that are learnt from."""
+    if not arguments.noise:
+        return nn.Identity()
+    return CameraNoise(arguments.noise, processor.image_mean, processor.image_std)
 
 
 def build_labeler(
@@ -88,10 +95,12 @@ def step_maker(
     device = accelerator.device
     view = partial(build_view, processor=processor, device=device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
+    labelled = view(arguments.augmentation, arguments.erasing)
+    noise = build_noise(arguments, processor).to(device)
     views = Views(
-        view(arguments.augmentation, arguments.erasing),
+        nn.Sequential(labelled, noise),
         view(arguments.augmentation, 0.0),
-        view(arguments.strong_augmentation, 0.0),
+        nn.Sequential(view(arguments.strong_augmentation, 0.0), noise),
     )
     common: dict[str, Any] = {
         "lambda_u": arguments.lambda_u,
@@ -104,10 +113,15 @@ def step_maker(
     }
 
     def supervised(prepared: nn.Module, total: int) -> Step:
-        smoothing, soft_labels = arguments.label_smoothing, arguments.soft_labels
-        teacher = load_teacher(arguments, trained, processor, device) if arguments.teacher else None
         return SupervisedStep(
-            prepared, views.labelled, autocast, smoothing, soft_labels, teacher, arguments.distillation
+            prepared,
+            labelled,
+            autocast,
+            arguments.label_smoothing,
+            arguments.soft_labels,
+            load_teacher(arguments, trained, processor, device) if arguments.teacher else None,
+            arguments.distillation,
+            noise,
         )
 
     def fixmatch(prepared: nn.Module, total: int) -> Step:

@@ -73,7 +73,7 @@ class SupervisedStep(PlainStep):
 
     `(1 - a) CE(f(v), y) + a CE(f(v), softmax(g(v)))` with a teacher `g` and its share `a`: distillation at
     temperature 1 (Hinton et al. 2015, arXiv 1503.02531) on views that both see alike (Beyer et al. 2022,
-    arXiv 2106.05237).
+    arXiv 2106.05237), but for noise, which is the model's alone (Xie et al. 2020, arXiv 1911.04252).
 
     Args:
         model: classifier, prepared for its device; called with `pixel_values`, returns `logits`.
@@ -83,6 +83,7 @@ class SupervisedStep(PlainStep):
         soft_labels: use `batch["targets"]` (distributions) instead of `batch["labels"]`.
         teacher: classifier of the same classes, on the same device, that stays as it is; None: labels alone.
         distillation: the teacher's share.
+        noise: views to what the model sees of them; the teacher sees the views.
     """
 
     def __init__(
@@ -94,8 +95,10 @@ class SupervisedStep(PlainStep):
         soft_labels: bool = False,
         teacher: nn.Module | None = None,
         distillation: float = 0.0,
+        noise: nn.Module | None = None,
     ) -> None:
         self.model, self.view, self.autocast = model, view, autocast
+        self.noise = nn.Identity() if noise is None else noise
         self.teacher, self.distillation = teacher, distillation
         self.label_smoothing = label_smoothing
         self.target = "targets" if soft_labels else "labels"
@@ -104,7 +107,7 @@ class SupervisedStep(PlainStep):
         """See `Step`. Batch: `pixels` uint8 `(B, 3, H, W)`, and `labels` `(B,)` or `targets` `(B, C)`."""
         views = self.view(batch["pixels"])
         with self.autocast():
-            logits = self.model(pixel_values=views).logits
+            logits = self.model(pixel_values=self.noise(views)).logits
         loss = nn.functional.cross_entropy(
             logits.float(), batch[self.target], label_smoothing=self.label_smoothing
         )

@@ -11,6 +11,7 @@ from modeling_fer.data.augment import (
     AUGMENTATIONS,
     STRONG,
     WEAK,
+    CameraNoise,
     Crop,
     Distort,
     Erase,
@@ -417,3 +418,51 @@ def test_a_warp_is_what_torch_makes_of_the_matrix():
     grid = nn.functional.affine_grid(matrix, batch.shape, align_corners=False)
     expected = nn.functional.grid_sample(batch, grid, padding_mode="reflection", align_corners=False)
     assert (warp(batch, matrix) - expected).abs().max() < 0.01
+
+
+def grey_levels(views):
+    return (views * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
+
+
+def test_camera_noise_has_the_exposure_and_the_deviation_that_are_asked_for():
+    views = Normalize(MEAN, STD)(torch.full((32, 3, 32, 32), 200, dtype=torch.uint8))
+    torch.manual_seed(0)
+    found = grey_levels(CameraNoise(1.0, MEAN, STD, exposure=(0.5, 0.5), deviation=(20, 20))(views))
+    assert found.mean().item() == pytest.approx(100, abs=0.5)
+    assert found.std().item() == pytest.approx(20, rel=0.02)
+    assert torch.allclose(found[:, 0], found[:, 2], atol=1e-3), "the same on all channels"
+    assert not torch.allclose(found[0], found[1], atol=5), "each image has its own"
+
+
+def test_camera_noise_draws_strengths_from_between_the_ends():
+    views = Normalize(MEAN, STD)(torch.full((400, 3, 24, 24), 120, dtype=torch.uint8))
+    torch.manual_seed(0)
+    found = grey_levels(CameraNoise(1.0, MEAN, STD, exposure=(0.25, 1), deviation=(0, 4))(views))
+    light, deviation = found.mean((1, 2, 3)) / 120, found[:, 0].std((1, 2))
+    assert 0.24 < light.min() < 0.27
+    assert 0.97 < light.max() < 1.01
+    assert light.log().mean().item() == pytest.approx(np.log(0.25) / 2, abs=0.06), "even in the logarithm"
+    assert deviation.min() < 0.1
+    assert 3.7 < deviation.max() < 4.5
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0, 1), st.integers(0, 99))
+def test_camera_noise_stays_in_range_and_spoils_its_share(probability, seed):
+    batch = Normalize(MEAN, STD)(images(300, size=6, seed=seed))
+    before = batch.clone()
+    torch.manual_seed(seed)
+    found = CameraNoise(probability, MEAN, STD)(batch)
+    assert torch.equal(batch, before), "on a copy"
+    assert (grey_levels(found) > -0.01).all()
+    assert (grey_levels(found) < 255.01).all()
+    changed = (found != batch).flatten(1).any(1).float().mean().item()
+    assert changed == pytest.approx(probability, abs=0.13)
+    torch.manual_seed(seed)
+    assert torch.equal(found, CameraNoise(probability, MEAN, STD)(batch)), "a seed decides it"
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.1, float("nan")])
+def test_camera_noise_wants_a_probability(probability):
+    with pytest.raises(ValueError, match="probability of noise"):
+        CameraNoise(probability, MEAN, STD)

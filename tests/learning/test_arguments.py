@@ -105,7 +105,8 @@ def test_a_value_of_the_wrong_type_stops_the_command(config, capsys):
         ("precision", "fp16"), ("tracker", "paper"), ("data", ""), ("output_dir", ""), ("batch_size", 0),
         ("accumulation_steps", 0), ("eval_steps", -1), ("eval_batch_size", 0), ("save_steps", 0),
         ("log_steps", 0), ("keep_checkpoints", 0), ("patch_size", 0), ("num_layers", -1), ("max_steps", -1),
-        ("epochs", 0), ("ema_decay", 1.5), ("label_smoothing", -0.1), ("erasing", 2), ("dropout", -1),
+        ("epochs", 0), ("ema_decay", 1.5), ("label_smoothing", -0.1), ("erasing", 2), ("noise", 2),
+        ("dropout", -1),
         ("warmup", 1.01), ("sampling_alpha", -0.5), ("image_size", -1), ("lora_rank", -4), ("seed", -1),
         ("weight_decay", -1), ("max_grad_norm", -1), ("learning_rate", 0), ("learning_rate", -1e-3),
         ("epochs", float("nan")), ("learning_rate", float("nan")), ("dropout", float("nan")),
@@ -142,6 +143,7 @@ def test_values_out_of_range_name_their_flag(name, value):
         ({"crop": "box", "crop_margin": -0.5}, "--crop_margin must be above -0.5 and at most 1"),
         ({"crop": "box", "crop_margin": float("nan")}, "--crop_margin must be"),
         ({"augmentation": "none", "erasing": 0.5}, "--erasing 0.5 needs --augmentation"),
+        ({"stage": "pretrain", "noise": 0.5}, "--noise 0.5 is for --stage image"),
     ],
 )
 def test_what_does_not_go_together_is_told(options, message):

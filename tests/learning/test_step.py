@@ -30,7 +30,7 @@ def view(pixels):
     return pixels.float() / 64 - 2
 
 
-def take(share, batch, soft=False, teacher=None):
+def take(share, batch, soft=False, teacher=None, noise=None):
     """Loss, gradients and logs of one step; dropout draws the same each time."""
     model, gradients = Classifier(1).train(), {}
 
@@ -38,7 +38,7 @@ def take(share, batch, soft=False, teacher=None):
         loss.backward()
         gradients.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-    step = SupervisedStep(model, view, contextlib.nullcontext, 0.0, soft, teacher, share)
+    step = SupervisedStep(model, view, contextlib.nullcontext, 0.0, soft, teacher, share, noise)
     torch.manual_seed(7)
     logs = step(batch, backward)
     return logs, gradients
@@ -88,3 +88,13 @@ def test_the_teacher_stays_as_it_is(batch, teacher):
     right = (teacher(view(batch["pixels"])).logits.argmax(1) == batch["labels"]).float().mean()
     assert logs["teacher_accuracy"] == right
     assert "teacher_accuracy" not in take(0.0, batch)[0]
+
+
+def test_noise_is_what_the_model_sees_and_the_teacher_does_not(batch, teacher):
+    logs, _ = take(0.5, batch, False, teacher, noise=lambda views: views.flip(-1))
+    model = Classifier(1).train()
+    torch.manual_seed(7)
+    found = model(view(batch["pixels"]).flip(-1)).logits
+    taught = teacher(view(batch["pixels"])).logits.softmax(1)
+    parts = [nn.functional.cross_entropy(found, aim) for aim in (batch["labels"], taught)]
+    torch.testing.assert_close(logs["loss"], sum(parts).detach() / 2, atol=1e-6, rtol=1e-5)
