@@ -41,7 +41,7 @@ from transformers.utils import logging
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.images import HUB, Face, batches, decoded, find_source, read
 from modeling_fer.data.pseudo import Job, LabelOptions, changes, flags, open_job, predicted, revision_of
-from modeling_fer.data.pseudo_set import FREE, RoundOptions, select, write_whole
+from modeling_fer.data.pseudo_set import FREE, RoundOptions, followed, select, write_whole
 from modeling_fer.data.selection import SelectOptions
 from modeling_fer.learning.inference import class_names, load_classifier, over_all_classes
 from modeling_fer.learning.optimization import choose_precision, cpu_cores
@@ -122,9 +122,6 @@ def label(out: str, options: LabelOptions) -> None:
 def run_rounds(out: str, labels: LabelOptions, choice: SelectOptions, options: RoundOptions) -> None:
     """Label, select and train, round after round; each command resumes what it finds, so all of it does.
 
-    Where the configuration has `--model` as its `encoder` or `teacher`, later rounds have the model of the
-    round before.
-
     Raises:
         ValueError: the folder holds rounds with other options.
         subprocess.CalledProcessError: a command failed; it has told why.
@@ -136,7 +133,8 @@ def run_rounds(out: str, labels: LabelOptions, choice: SelectOptions, options: R
         folder = f"{out}/round-{number}"
         told, data = Path(folder, "options.json"), Path(folder, "data")
         given = {**vars(labels), **vars(choice), **vars(options)}
-        given = {name: given[name] for name in given.keys() - FREE} | {"config": config}
+        follow = followed(config, first, labels.model)
+        given = {name: given[name] for name in given.keys() - FREE} | {"config": config | follow}
         if told.exists() and (other := changes(json.loads(told.read_text()), given)):
             raise ValueError(f"{folder} was made with other options ({other}); use those, or another --out")
         print(f"round {number}", flush=True)
@@ -147,10 +145,9 @@ def run_rounds(out: str, labels: LabelOptions, choice: SelectOptions, options: R
             # Written last: it tells that the data set is whole, and of these options.
             write_whole(told, json.dumps(given, indent=2, sort_keys=True) + "\n")
         training = ["--config", options.config, "--data", f"labelled={options.labelled},pseudo={folder}"]
-        for name in ("encoder", "teacher"):
-            if config.get(name) == first != labels.model:
-                training += [f"--{name}", labels.model]
-        training += ["--output_dir", f"{folder}/run", "--resume", "auto", *shlex.split(options.train_args)]
+        training += ["--output_dir", f"{folder}/run", "--resume", "auto"]
+        newest = [f"--{name}={model}" for name, model in follow.items()]
+        training += [*newest, *shlex.split(options.train_args)]
         if "cache_dir" not in config and "--cache_dir" not in options.train_args:
             training += ["--cache_dir", f"{folder}/cache"]
         run_command([*launch, str(scripts / "train.py"), *training])

@@ -35,7 +35,7 @@ from pseudo_label import run_command
 
 ROOT = Path(__file__).parent
 STAGES = ("pretrain", "image", "second", "video")
-SCALED = {*STAGES, "accelerate", "rounds", "select", "streams", "folds"}  # in configs/release/*.yaml
+SCALED = {*STAGES, "accelerate", "further_rounds", "select", "streams", "folds"}  # in configs/release/*.yaml
 BOTH = "fer2013_and_votes"  # FER2013 with the votes of FER+, all labels in one
 SCORES = ("accuracy", "macro_f1_present", "ece")  # what the summary tells of each round
 OWN_WEIGHT = "0.5"  # of FER2013's own label, beside the votes of FER+
@@ -90,7 +90,7 @@ class Release:
         """What the scale changes: options of each stage, and flags of other commands.
 
         Raises:
-            ValueError: the file names something else, or no file for accelerate.
+            ValueError: the file names something else, no file for accelerate, or no number of rounds.
         """
         path = ROOT / "configs" / "release" / f"{self.scale}.yaml"
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -98,6 +98,8 @@ class Release:
             raise ValueError(f"{path}: {', '.join(unknown)} is none of {', '.join(sorted(SCALED))}")
         if "accelerate" not in found:
             raise ValueError(f"{path}: accelerate is missing, the file that accelerate launch is to read")
+        if type(found.setdefault("further_rounds", 1)) is not int or found["further_rounds"] < 1:
+            raise ValueError(f"{path}: further_rounds, after the first, must be a whole number, at least 1")
         return found
 
     def config(self, stage: str) -> Path:
@@ -129,13 +131,13 @@ class Release:
         """Whether the first round, as `write_configs` has it, starts from a pretrained encoder."""
         return bool(yaml.safe_load(self.config("image").read_text()).get("encoder"))
 
-    def rounds(self) -> list[str]:
+    def runs(self) -> list[str]:
         """The run of each round, as a folder in `out`."""
-        return ["image", *(f"second/round-{n + 1}/run" for n in range(self.scaled().get("rounds", 1)))]
+        return ["image", *(f"second/round-{n + 1}/run" for n in range(self.scaled()["further_rounds"]))]
 
     def best(self) -> Path:
         """The run of the best round by macro F1 on validation, the first of those on a tie."""
-        runs = [self.out / run for run in self.rounds()]
+        runs = [self.out / run for run in self.runs()]
         return max(runs, key=lambda run: json.loads((run / "metrics.json").read_text())["macro_f1_present"])
 
     def steps(self) -> Iterator[Step]:
@@ -163,12 +165,11 @@ class Release:
         if self.pretrains():
             yield train("pretraining", "pretrain", out / "pretrain/learning_curve.png")
         yield train("image stage", "image", out / "image/metrics.json")
-        *before, last = self.rounds()
-        rounds = [sys.executable, str(ROOT / "pseudo_label.py"), "rounds", "--rounds", f"{len(before)}"]
-        rounds += ["--model", str(out / "image/model"), "--images", faces, "--labelled", both]
+        rounds = [sys.executable, f"{ROOT}/pseudo_label.py", "rounds", "--images", faces, "--labelled", both]
+        rounds += ["--model", str(out / "image/model"), "--rounds", str(scaled["further_rounds"])]
         rounds += ["--out", str(out / "second"), "--config", str(self.config("second"))]
         rounds += ["--launch", shlex.join(launch), *map(str, scaled.get("select", []))]
-        yield Step("further rounds", rounds, out / last / "metrics.json", self.config("second"))
+        yield Step("further rounds", rounds, out / self.runs()[-1] / "metrics.json", self.config("second"))
         calibrate = [*fer, "calibrate", "--model", str(self.best() / "model"), "--data", both]
         calibrate += ["--bias", "--grey", "--half", "--out", str(final)]
         yield Step("calibration", calibrate, final / "model", anew=True)
@@ -195,8 +196,8 @@ class Release:
         def read(path: str) -> dict[str, Any]:
             return json.loads((self.out / path).read_text())
 
-        trained = [*self.rounds(), "video", *["pretrain"][: self.pretrains()]]
-        scores = {run: read(f"{run}/metrics.json") for run in (*self.rounds(), "final/validation")}
+        trained = [*self.runs(), "video"] + (["pretrain"] if self.pretrains() else [])
+        scores = {run: read(f"{run}/metrics.json") for run in (*self.runs(), "final/validation")}
         records = [json.loads(path.read_text()) for path in sorted((self.out / "steps").glob("*.json"))]
         return {
             "scale": self.scale,
@@ -289,8 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(Release(**args), None if minutes is None else time.monotonic() + 60 * minutes)
     except (ValueError, OSError, yaml.YAMLError, subprocess.SubprocessError) as error:
-        in_time = isinstance(error, subprocess.TimeoutExpired)
-        if in_time or getattr(error, "returncode", 0) == os.EX_TEMPFAIL:
+        if isinstance(error, subprocess.TimeoutExpired) or getattr(error, "returncode", 0) == os.EX_TEMPFAIL:
             print("release.py: stopped in time; the same command goes on from here")
             sys.exit(os.EX_TEMPFAIL)
         sys.exit(f"release.py: {error}")

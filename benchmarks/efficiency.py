@@ -151,7 +151,7 @@ def main() -> None:
         data = f"{folder}/data"
         drawn = SyntheticOptions(image_size=48, train=2048, validation=64, test=0, unlabeled=0)
         prepare("synthetic", drawn, data, show_progress=False)
-        # The autoencoder; the convolutional teacher; the ViT, without the teacher's pass.
+        # The autoencoder; the convolutional network; a ViT in a further round, without the teacher's pass.
         for stage in ("pretrain", "image", "second"):
             rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
             for _ in range(args.turns):

@@ -22,6 +22,7 @@ import pseudo_label
 from modeling_fer.data import schema
 from modeling_fer.data.images import content_hash
 from modeling_fer.data.pseudo import Job, _born
+from modeling_fer.data.pseudo_set import followed
 from modeling_fer.learning.inference import load_classifier
 from tests.conftest import picture
 
@@ -422,9 +423,8 @@ def test_rounds_label_select_and_train_in_turn(faces, checkpoint, prepared, tmp_
     assert seen[5][1] == "select"
 
 
-@pytest.mark.parametrize("name", ["encoder", "teacher"])
 def test_later_rounds_learn_from_the_model_of_the_round_before(
-    name, faces, checkpoint, prepared, tmp_path, monkeypatch
+    faces, checkpoint, prepared, tmp_path, monkeypatch
 ):
     out, trained = tmp_path / "rounds", []
 
@@ -432,21 +432,41 @@ def test_later_rounds_learn_from_the_model_of_the_round_before(
         if Path(command[1]).name == "pseudo_label.py":
             pseudo_label.main(command[2:])
         else:
-            trained.append(dict(zip(command[2::2], command[3::2], strict=True)))
-            shutil.copytree(checkpoint, Path(trained[-1]["--output_dir"]) / "model")
+            trained.append([word for word in command if word.startswith(("--encoder", "--teacher"))])
+            folder = Path(command[command.index("--output_dir") + 1])
+            shutil.copytree(checkpoint, folder / "model", dirs_exist_ok=True)
 
     monkeypatch.setattr(pseudo_label, "run_command", run)
-    other = {"encoder": "teacher", "teacher": "encoder"}[name]
     config = tmp_path / "x.yaml"
-    config.write_text(f"{name}: {checkpoint}\n{other}: another\n")
+    config.write_text(f"encoder: {checkpoint}\nteacher: another\n")
     options = {"model": checkpoint, "images": faces, "out": out, "labelled": prepared, "config": config}
-    pseudo_label.main(command("rounds", **options, rule="quota", quota=4, precision="no")[2:])
-    assert [given.get(f"--{name}") for given in trained] == [
-        None,  # as the configuration has it
-        f"{out}/round-1/run/model",
-        f"{out}/round-2/run/model",
-    ]
-    assert not any(f"--{other}" in given for given in trained)
+    options |= {"rule": "quota", "quota": 4, "precision": "no"}
+    pseudo_label.main(command("rounds", **options)[2:])
+    assert trained == [[], [f"--encoder={out}/round-1/run/model"], [f"--encoder={out}/round-2/run/model"]]
+    told = json.loads((out / "round-2/options.json").read_text())["config"]
+    assert told == {"encoder": f"{out}/round-1/run/model", "teacher": "another"}
+    config.write_text(f"encoder: {checkpoint}\nteacher: {checkpoint}\n")
+    with pytest.raises(
+        SystemExit, match=r"round-1 was made with other options \(config\.teacher: another -> "
+    ):
+        pseudo_label.main(command("rounds", **options)[2:])
+
+
+@pytest.mark.parametrize(
+    ("given", "named", "follows"),
+    [
+        ("runs/a/model", "runs/a/model", True),
+        ("runs/a/model/", "./runs/a/model", True),
+        (f"{Path.cwd()}/runs/a/model", "runs/a/model", True),
+        ("hub:org/fer", "org/fer", True),
+        ("org/fer", "org/other", False),
+        ("runs/a/model", "", False),
+    ],
+)
+def test_a_model_is_followed_however_it_is_written(given, named, follows):
+    config = {"encoder": named, "teacher": "another", "epochs": 3}
+    assert followed(config, given, "newest") == ({"encoder": "newest"} if follows else {})
+    assert followed(config, given, given) == {}, "in the first round"
 
 
 LAUNCHER = """if True:

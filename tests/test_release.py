@@ -52,6 +52,13 @@ def test_each_stage_has_a_configuration_that_train_reads(scale, tmp_path):
         first[3:]
         == ["pretraining", "image stage"][not made.pretrains() :] + ["further rounds"][made.pretrains() :]
     )
+    if not made.pretrains():
+        *_, further = islice(made.steps(), 5)
+        words = further.command
+        assert words[words.index("--rounds") + 1] == str(made.scaled()["further_rounds"]) == "2"
+        # By this later rounds know that it is the model of the round before that they start from.
+        assert words[words.index("--model") + 1] == parsed["second"].encoder
+        assert further.made == made.out / "second/round-2/run/metrics.json"
     assert (parsed["video"].stage, parsed["video"].encoder) == ("video", str(made.out / "final/model"))
     assert len({arguments.output_dir for arguments in parsed.values()}) == len(parsed)
 
@@ -61,17 +68,22 @@ def test_a_scale_that_names_something_else(tmp_path, monkeypatch):
     path = tmp_path / "configs/release/tiny.yaml"
     path.parent.mkdir(parents=True)
     path.write_text("imge: {epochs: 3}\n")
-    with pytest.raises(ValueError, match=f"{path}: imge is none of accelerate, folds, image"):
+    with pytest.raises(ValueError, match=f"{path}: imge is none of accelerate, folds, further_rounds, image"):
         recipe(tmp_path).scaled()
+    for wrong in ("0", "2.0", "'2'", "true"):
+        path.write_text(f"accelerate: x\nfurther_rounds: {wrong}\n")
+        with pytest.raises(ValueError, match=f"{path}: further_rounds, after the first, must be a whole"):
+            recipe(tmp_path).scaled()
 
 
 @pytest.mark.parametrize(
     ("scores", "best"),
     [((0.5, 0.6, 0.55), 1), ((0.6, 0.5, 0.4), 0), ((0.5, 0.5, 0.5), 0), ((0.4, 0.5, 0.6), 2)],
 )
-def test_the_best_round_is_chosen_by_validation(scores, best, tmp_path):
+def test_the_best_round_is_chosen_by_validation(scores, best, tmp_path, monkeypatch):
     made = recipe(tmp_path)
-    runs = [made.out / run for run in made.rounds()]
+    monkeypatch.setattr(Release, "scaled", lambda self: {"further_rounds": 2})
+    runs = [made.out / run for run in made.runs()]
     for run, score in zip(runs, scores, strict=True):
         run.mkdir(parents=True)
         (run / "metrics.json").write_text(json.dumps({"macro_f1_present": score}))
@@ -238,6 +250,9 @@ def test_the_whole_recipe(scale, tmp_path):
     assert set(told["trainings"]) == rounds | {"video"} | pretrained
     assert len(told["seconds"]) == len(list((out / "steps").iterdir())) == 13 + len(pretrained)
     assert told["chosen"] in rounds
+    if scale == "tiny":  # the last round learnt from the one before
+        given = json.loads((out / "second/round-2/run/arguments.json").read_text())
+        assert given["encoder"] == given["teacher"] == "out/second/round-1/run/model"
     assert yaml.safe_load((out / "final/model/README.md").read_text().split("---")[1])["library_name"]
     assert (out / "export/onnx").is_dir()
     again = subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True)

@@ -235,7 +235,7 @@ def test_a_student_learns_from_its_teacher(finished, prepared, tmp_path):
     assert losses[0.5] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-3)
     assert losses[1] != pytest.approx(losses[0], rel=1e-3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    taught = {"teacher": finished / "model", "distillation": 1}
+    taught = {"teacher": finished / "model", "distillation": 1, "noise": 0.5}
     run(prepared, whole, **taught)
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints/step_00000012")

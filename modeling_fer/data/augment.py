@@ -1,7 +1,8 @@
 """Views of faces, made as batched tensors on the training device.
 
 Strengths are drawn from torch's global generator: on the CPU wherever the images are, for each image anew,
-and as many numbers for one batch as for another of its size. So a seed gives the same views on a GPU as well.
+and as many numbers for one batch as for another of its size. So a seed gives the same views on a GPU as well,
+but for the pixels of `CameraNoise`, which are too many for that.
 """
 
 import math
@@ -239,16 +240,18 @@ class CameraNoise(nn.Module):
         count, device = len(views), views.device
         low, high = (math.log(end) for end in self.exposure)
         exposure, deviation = _between(low, high, count).exp(), _between(*self.deviation, count)
-        chosen = torch.rand(count) < self.probability
-        # Pixels' noise is drawn where the views are, from a seed of its own: it is far more numbers.
         generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
-        noise = torch.randn((count, 1, *views.shape[2:]), generator=generator, device=device)
-        factors = torch.stack([exposure.where(chosen, 1.0), deviation.where(chosen, 0.0)])
-        light, strength = factors.to(device, non_blocking=True).view(2, -1, 1, 1, 1)
+        rows = (
+            (torch.rand(count) < self.probability).nonzero().flatten()
+        )  # on the CPU: a GPU is not waited for
+        light, strength = torch.stack([exposure, deviation])[:, rows].to(device, non_blocking=True)[
+            ..., None, None, None
+        ]
+        rows = rows.to(device, non_blocking=True)
+        noise = torch.randn((len(rows), 1, *views.shape[2:]), generator=generator, device=device)
         black, scale = self.normalize.shift, self.normalize.scale
-        spoilt = (views - black).mul_(light).add_(noise * strength * scale)
-        spoilt = spoilt.clamp_(torch.zeros_like(scale), 255 * scale).add_(black)
-        return torch.where(chosen.to(device, non_blocking=True).view(-1, 1, 1, 1), spoilt, views)
+        spoilt = (views[rows] - black).mul_(light).add_(noise * strength * scale)
+        return views.index_copy(0, rows, spoilt.clamp_(torch.zeros_like(scale), 255 * scale).add_(black))
 
 
 class View(nn.Module):

@@ -6,11 +6,12 @@ out/report.json  README.md               what is in it, for programs (`fer data 
 
 import itertools
 import json
+import os
 import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import ClassLabel, Features, List, Value
 
-from modeling_fer.data.images import Face, content_hash, cut, decoded, find_source, read
+from modeling_fer.data.images import HUB, Face, content_hash, cut, decoded, find_source, read
 from modeling_fer.data.pseudo import Job, option
 from modeling_fer.data.report import HELD_OUT, NO_LABEL, TOGETHER, Report
 from modeling_fer.data.schema import FEATURES
@@ -91,10 +92,28 @@ class RoundOptions:
     """How models are trained on labels of their own."""
 
     labelled: str = option("prepared folder with labels; look-alikes of its held-out faces are left out")
-    config: str = option("configuration of train.py, for each round")
+    config: str = option(
+        "configuration of train.py, for each round; where its encoder or teacher is --model, later rounds "
+        "have the model of the round before"
+    )
     rounds: int = option("how often to label, select and train", 3)
     launch: str = option('what runs label and train: python, "accelerate launch", ...', sys.executable)
     train_args: str = option('more for train.py, as --train_args="--encoder DIR --max_steps 500"', "")
+
+
+def followed(config: Mapping[str, Any], first: str, newest: str) -> dict[str, str]:
+    """What a round changes of its configuration: the newest model where that has the one labels began with.
+
+    Args:
+        config: of train.py; its `encoder` and `teacher` are looked at.
+        first: the model that was given, a folder, however it is written, or hub:OWNER/NAME.
+        newest: the model of the round before; in the first round, `first`.
+    """
+    if newest == first:
+        return {}
+    same = os.path.abspath(first.removeprefix(HUB))
+    names = ("encoder", "teacher")
+    return {name: newest for name in names if config.get(name) and os.path.abspath(config[name]) == same}
 
 
 def select(out: str | Path, options: SelectOptions) -> Report:

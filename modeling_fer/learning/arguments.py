@@ -166,7 +166,7 @@ class FerTrainingArguments:
     soft_labels: bool = option(False, "learn from vote distributions where a row has one")
     augmentation: str = option("weak", "weak, strong, crop or none; crop is for pretraining")
     erasing: float = option(0.0, "probability that part of a training image is blanked")
-    noise: float = option(0.0, "image: probability that a training image is darkened and made noisy")
+    noise: float = option(0.0, "supervised: probability that a training image is darkened and made noisy")
 
     seed: int = option(0, "of weights, order and augmentation")
     precision: str = option("auto", "auto: bf16 where the device computes in it, else fp32; or no, bf16")
@@ -333,8 +333,8 @@ class FerTrainingArguments:
             self.check_push()
         if self.augmentation == "none" and self.erasing:
             raise ValueError(f"--erasing {self.erasing} needs --augmentation weak, got none")
-        if self.noise and self.stage != "image":
-            raise ValueError(f"--noise {self.noise} is for --stage image: leave it out")
+        if self.noise and (self.method != "supervised" or self.stage != "image"):
+            raise ValueError(f"--noise {self.noise} is for --stage image --method supervised: leave it out")
 
     def check_push(self) -> None:
         """Raise what would fail once all is trained: names that the Hub does not take, no card, no base."""
@@ -363,7 +363,11 @@ class FerTrainingArguments:
         write_whole(path, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
-        """Fields that decide what is learnt and differ from a saved run, as "name: theirs -> ours"."""
+        """Fields that decide what is learnt and differ from a saved run, as "name: theirs -> ours".
+
+        A field that came after the saved run had its default there.
+        """
         ours = dataclasses.asdict(self)
+        saved = {one.name: one.default for one in dataclasses.fields(self)} | saved
         names = sorted((ours.keys() | saved.keys()) - FREE_ON_RESUME)
         return [f"{n}: {saved.get(n)!r} -> {ours.get(n)!r}" for n in names if saved.get(n) != ours.get(n)]

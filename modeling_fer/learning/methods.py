@@ -30,13 +30,6 @@ def build_view(name: str, erasing: float, processor: Any, device: torch.device) 
     return view.to(device)
 
 
-def build_noise(arguments: FerTrainingArguments, processor: Any) -> nn.Module:
-    """What a camera may do to views that are learnt from."""
-    if not arguments.noise:
-        return nn.Identity()
-    return CameraNoise(arguments.noise, processor.image_mean, processor.image_std)
-
-
 def build_labeler(
     arguments: FerTrainingArguments, classes: int, memory: int, accelerator: Accelerator
 ) -> Any:
@@ -95,12 +88,10 @@ def step_maker(
     device = accelerator.device
     view = partial(build_view, processor=processor, device=device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
-    labelled = view(arguments.augmentation, arguments.erasing)
-    noise = build_noise(arguments, processor).to(device)
     views = Views(
-        nn.Sequential(labelled, noise),
+        view(arguments.augmentation, arguments.erasing),
         view(arguments.augmentation, 0.0),
-        nn.Sequential(view(arguments.strong_augmentation, 0.0), noise),
+        view(arguments.strong_augmentation, 0.0),
     )
     common: dict[str, Any] = {
         "lambda_u": arguments.lambda_u,
@@ -113,13 +104,18 @@ def step_maker(
     }
 
     def supervised(prepared: nn.Module, total: int) -> Step:
+        teacher = noise = None
+        if arguments.teacher:
+            teacher = load_teacher(arguments, trained, processor, device)
+        if arguments.noise:
+            noise = CameraNoise(arguments.noise, processor.image_mean, processor.image_std).to(device)
         return SupervisedStep(
             prepared,
-            labelled,
+            views.labelled,
             autocast,
             arguments.label_smoothing,
             arguments.soft_labels,
-            load_teacher(arguments, trained, processor, device) if arguments.teacher else None,
+            teacher,
             arguments.distillation,
             noise,
         )

@@ -69,7 +69,7 @@ class PlainStep:
 
 
 class SupervisedStep(PlainStep):
-    """Cross-entropy on weak views of labelled faces, and perhaps on what a teacher says of the same views.
+    """Cross-entropy on weak views of labelled faces, and perhaps on what a teacher says of these views.
 
     `(1 - a) CE(f(v), y) + a CE(f(v), softmax(g(v)))` with a teacher `g` and its share `a`: distillation at
     temperature 1 (Hinton et al. 2015, arXiv 1503.02531) on views that both see alike (Beyer et al. 2022,
@@ -83,7 +83,7 @@ class SupervisedStep(PlainStep):
         soft_labels: use `batch["targets"]` (distributions) instead of `batch["labels"]`.
         teacher: classifier of the same classes, on the same device, that stays as it is; None: labels alone.
         distillation: the teacher's share.
-        noise: views to what the model sees of them; the teacher sees the views.
+        noise: views to what the model sees of them, new ones; the teacher sees the views. None: the same.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class SupervisedStep(PlainStep):
         noise: nn.Module | None = None,
     ) -> None:
         self.model, self.view, self.autocast = model, view, autocast
-        self.noise = nn.Identity() if noise is None else noise
+        self.noise = noise
         self.teacher, self.distillation = teacher, distillation
         self.label_smoothing = label_smoothing
         self.target = "targets" if soft_labels else "labels"
@@ -106,8 +106,9 @@ class SupervisedStep(PlainStep):
     def __call__(self, batch: Batch, backward: Callable[[torch.Tensor], None]) -> Logs:
         """See `Step`. Batch: `pixels` uint8 `(B, 3, H, W)`, and `labels` `(B,)` or `targets` `(B, C)`."""
         views = self.view(batch["pixels"])
+        seen = views if self.noise is None else self.noise(views)
         with self.autocast():
-            logits = self.model(pixel_values=self.noise(views)).logits
+            logits = self.model(pixel_values=seen).logits
         loss = nn.functional.cross_entropy(
             logits.float(), batch[self.target], label_smoothing=self.label_smoothing
         )

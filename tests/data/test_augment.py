@@ -466,3 +466,12 @@ def test_camera_noise_stays_in_range_and_spoils_its_share(probability, seed):
 def test_camera_noise_wants_a_probability(probability):
     with pytest.raises(ValueError, match="probability of noise"):
         CameraNoise(probability, MEAN, STD)
+
+
+def test_the_next_random_number_does_not_depend_on_which_views_are_noisy():
+    views, drawn = Normalize(MEAN, STD)(images(6)), []
+    for probability in (0.0, 0.3, 1.0):
+        torch.manual_seed(0)
+        CameraNoise(probability, MEAN, STD)(views)
+        drawn.append(torch.rand(()))
+    assert drawn[0] == drawn[1] == drawn[2]

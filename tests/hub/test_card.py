@@ -477,14 +477,17 @@ def test_a_teacher_that_it_started_from_is_told_once(project, checkpoint):
     report(project / "data/web", "fer2013")
     save_run(project, checkpoint, "first", data="data/web")
     both = dict.fromkeys(("encoder", "teacher"), "runs/first/model")
-    facts = read_facts(save_run(project, checkpoint, "second", data="data/faces", distillation=0.5, **both))
+    given = {"data": "data/faces", "distillation": 0.5, **both}
+    facts = read_facts(save_run(project, checkpoint, "second", **given))
     assert [(one.learner, one.name) for one in facts.data] == [
         ("this model", "faces"),
         ("its encoder", "web"),
     ]
     assert len(facts.stages) == 2
     card = make_card(facts)
-    assert "from the probabilities that the model it started from gave" in card.text
+    assert "from the probabilities that the model it started from gave to the same views." in card.text
+    noisy = make_card(read_facts(save_run(project, checkpoint, "noisy", noise=0.25, **given)))
+    assert "gave to the same views, without the noise that it saw on some of them." in noisy.text
     assert card.data.license_name == RESEARCH
 
 

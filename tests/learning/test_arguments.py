@@ -144,6 +144,8 @@ def test_values_out_of_range_name_their_flag(name, value):
         ({"crop": "box", "crop_margin": float("nan")}, "--crop_margin must be"),
         ({"augmentation": "none", "erasing": 0.5}, "--erasing 0.5 needs --augmentation"),
         ({"stage": "pretrain", "noise": 0.5}, "--noise 0.5 is for --stage image"),
+        ({"stage": "video", "encoder": "e", "noise": 0.5}, "--noise 0.5 is for --stage image"),
+        ({"method": "fixmatch", "noise": 0.5}, "--noise 0.5 is for --stage image --method supervised"),
     ],
 )
 def test_what_does_not_go_together_is_told(options, message):
@@ -208,10 +210,14 @@ def test_differences_are_those_that_decide_what_is_learnt():
     other = FerTrainingArguments(data="d", output_dir="p", resume="auto", save_steps=7, seed=1)
     assert other.differences(saved) == ["seed: 0 -> 1"]
     assert saved.keys() >= FREE_ON_RESUME
-    del saved["dropout"]  # a run of a version without this field
-    assert other.differences(saved) == ["dropout: None -> 0.0", "seed: 0 -> 1"]
+    del saved["noise"]  # a run of a version without this field did what is its default now
+    assert other.differences(saved) == ["seed: 0 -> 1"]
+    other.noise = 0.25
+    assert other.differences(saved) == ["noise: 0.0 -> 0.25", "seed: 0 -> 1"]
+    saved["gone"] = 3  # of a version with another field
+    assert other.differences(saved) == ["gone: 3 -> None", "noise: 0.0 -> 0.25", "seed: 0 -> 1"]
     del saved["crop"], saved["crop_margin"]  # they only say how the data were made
-    assert other.differences(saved) == ["dropout: None -> 0.0", "seed: 0 -> 1"]
+    assert len(other.differences(saved)) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -121,19 +123,17 @@ def test_weak_views_are_alike_and_strong_ones_are_not(make_model):
     assert blank[2] > blank[1]
 
 
-def test_weak_views_of_unlabelled_faces_have_no_noise(make_model):
-    """They make the pseudo-labels; what is learnt from has it."""
-    pixels = torch.full((64, 3, 16, 16), 128, dtype=torch.uint8)
-    plain = {"augmentation": "none", "strong_augmentation": "none", "noise": 1.0}
-    _, step = made(make_model, "fixmatch", **plain)
-    torch.manual_seed(0)
-    spread = {name: view(pixels).std().item() for name, view in vars(step.views).items()}
-    assert spread["weak"] == 0
-    assert min(spread["labelled"], spread["strong"]) > 0.05
-
-
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_supervised_step_has_noise_where_it_is_asked_for(share, make_model):
-    _, step = made(make_model, "supervised", noise=share)
-    views = torch.zeros(8, 3, 16, 16)
-    assert torch.equal(step.noise(views), views) == (share == 0)
+def test_the_teacher_sees_views_without_the_noise(share, make_model):
+    _, step = made(make_model, "supervised", augmentation="none", noise=share)
+    seen, logits = {}, torch.zeros(8, 8, requires_grad=True)
+
+    def watched(name):
+        return lambda pixel_values: seen.update({name: pixel_values}) or SimpleNamespace(logits=logits)
+
+    step.model, step.teacher = watched("model"), watched("teacher")
+    pixels = torch.full((8, 3, 16, 16), 128, dtype=torch.uint8)
+    torch.manual_seed(0)
+    step({"pixels": pixels, "labels": torch.zeros(8, dtype=torch.long)}, torch.Tensor.backward)
+    assert seen["teacher"].std() == 0
+    assert (seen["model"].std() > 0.05) == (share == 1.0)
