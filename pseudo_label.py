@@ -73,7 +73,7 @@ def label(out: str, options: LabelOptions) -> None:
         torch.set_num_threads(1)
     name = options.model.removeprefix(HUB)
     folder = Path(snapshot_download(name) if name != options.model else name)
-    model, processor = load_classifier(folder)
+    model, processor = load_classifier(folder, mirror=False)  # both views are asked for
     joined = Job(out) if (Path(out) / "job").exists() else None
     precision = joined.settings["precision"] if joined and options.precision == "auto" else options.precision
     revision = joined.source.get("revision") if joined else None

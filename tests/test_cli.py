@@ -151,6 +151,33 @@ def test_eval_writes_the_figures_of_direct_predictions(checkpoint, prepared, tmp
     assert f"written: {out}" in shown
 
 
+def test_eval_and_predict_with_mirror_images(checkpoint, prepared, photos, tmp_path, capsys):
+    assert main(["eval", f"--model={checkpoint}", f"--data={prepared}", f"--out={tmp_path}", "--mirror"]) == 0
+    rows = schema.load(prepared, "validation")["validation"]
+    straight, flipped = (
+        direct(checkpoint, [change(image) for image in rows["image"][:]])
+        for change in (lambda image: image, ImageOps.mirror)
+    )
+    both = np.sqrt(straight * flipped)
+    both /= both.sum(1, keepdims=True)
+    expected = compute_metrics(rows["expression"][:], both.argmax(1), both)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["mirror"]
+    assert written["nll"] == pytest.approx(expected["nll"], abs=1e-5)
+    assert written["confusion_matrix"] == expected["confusion_matrix"]
+    capsys.readouterr()
+
+    turned = tmp_path / "turned.png"
+    ImageOps.mirror(Image.open(photos / "a.png")).save(turned)
+    command = ["predict", str(photos / "a.png"), str(turned), f"--model={checkpoint}", "--json"]
+    said = {}
+    for flag in ("--mirror", ""):
+        assert main([*command, *filter(None, [flag])]) == 0
+        said[flag] = [json.loads(line)["probabilities"] for line in capsys.readouterr().out.splitlines()]
+    assert said["--mirror"][0] == pytest.approx(said["--mirror"][1], abs=2e-4)
+    assert said[""][0] != pytest.approx(said[""][1], abs=2e-4)
+
+
 def test_eval_with_a_model_of_fewer_classes(prepared, make_model, checkpoint, tmp_path):
     folder = tmp_path / "model"
     make_model(id2label={0: "Surprise", 1: "Neutral", 2: "Anger"}).save_pretrained(folder)

@@ -55,6 +55,11 @@ def temporal(checkpoint, tmp_path):
     return with_crop(folder)
 
 
+def test_a_model_of_videos_looks_at_no_mirror_images(temporal, tmp_path, capsys):
+    assert main(["predict", str(tmp_path), "--model", str(temporal), "--mirror"]) == 2
+    assert f"{temporal} is a model of videos, which looks at no mirror images" in capsys.readouterr().err
+
+
 def with_crop(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "crop": CROP}))

@@ -225,6 +225,26 @@ def test_a_model_can_be_loaded_without_reading_values_while_it_is_built(checkpoi
     )  # none is made up on loading
 
 
+# -- mirror images ---------------------------------------------------------------------------------
+
+
+def test_mirror_is_the_mean_of_both_views_and_not_for_training(make_model, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        straight, flipped = (model(views).logits for views in (faces(), faces().flip(-1)))
+    assert not torch.allclose(straight, flipped, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    both = AutoModelForImageClassification.from_pretrained(tmp_path, mirror=True)
+    with torch.no_grad():
+        found = both(faces()).logits
+        assert torch.equal(found, both(faces().flip(-1)).logits)
+        assert torch.equal(both.train()(faces()).logits, straight), "no dropout in this one"
+    torch.testing.assert_close(found, (straight + flipped) / 2)
+    both.save_pretrained(tmp_path / "both")
+    kept = FerForImageClassification.from_pretrained(tmp_path / "both")
+    assert torch.equal(kept(faces()).logits, found)
+
+
 # -- loss -------------------------------------------------------------------------------------------
 
 TINY = FerForImageClassification(

@@ -124,6 +124,26 @@ def test_labels_are_the_models_mean_over_both_views(finished, faces, checkpoint)
         assert row["agreement"] == pytest.approx(1 - (p[0] - p[1]).abs().sum().item() / 2, abs=1e-5)
 
 
+def test_views_differ_even_if_the_model_looks_at_mirror_images(finished, faces, checkpoint, tmp_path):
+    model, both = tmp_path / "model", tmp_path / "both"
+    shutil.copytree(checkpoint, model)
+    config = json.loads((model / "config.json").read_text()) | {"mirror": True}
+    (model / "config.json").write_text(json.dumps(config))
+    options = {
+        "model": model,
+        "images": faces,
+        "out": both,
+        "unit_rows": 2,
+        "precision": "no",
+        "batch_size": 8,
+    }
+    pseudo_label.main(command("label", **options)[2:])
+    ours, theirs = rows(both), rows(finished)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name]["agreement"] == pytest.approx(theirs[name]["agreement"], abs=1e-5) for name in ours)
+    assert min(row["agreement"] for row in ours.values()) < 1
+
+
 def test_unreadable_images_cost_a_line_each(finished):
     lines = [json.loads(line) for line in (finished / "skipped.jsonl").read_text().splitlines()]
     assert sorted(line["file"] for line in lines) == ["0/005-cut.png", "1/x.jpg", "2/a.png", "2/b.webp"]

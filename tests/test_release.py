@@ -78,7 +78,7 @@ def test_a_scale_that_names_something_else(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("scores", "best"),
-    [((0.5, 0.6, 0.55), 1), ((0.6, 0.5, 0.4), 0), ((0.5, 0.5, 0.5), 0), ((0.4, 0.5, 0.6), 2)],
+    [((0.96, 0.94, 0.95), 1), ((0.94, 0.95, 0.96), 0), ((1, 1, 1), 0), ((0.96, 0.95, 0.94), 2)],
 )
 def test_the_best_round_is_chosen_by_validation(scores, best, tmp_path, monkeypatch):
     made = recipe(tmp_path)
@@ -86,7 +86,7 @@ def test_the_best_round_is_chosen_by_validation(scores, best, tmp_path, monkeypa
     runs = [made.out / run for run in made.runs()]
     for run, score in zip(runs, scores, strict=True):
         run.mkdir(parents=True)
-        (run / "metrics.json").write_text(json.dumps({"macro_f1_present": score}))
+        (run / "metrics.json").write_text(json.dumps({"nll": score, "macro_f1_present": 0.6}))
     assert made.best() == runs[best]
 
 

@@ -66,6 +66,8 @@ class FerConfig(PreTrainedConfig):
         pooling: how patch features become one vector of a face: `mean` over patch tokens or over the places
             of a map, the `cls` token, or the encoder's own `pooler`.
         classifier_dropout: probability of dropping a feature before the classifier.
+        mirror: outside training, classify a still face and its mirror image and take the mean of their
+            logits: a little more accurate, at twice the cost. Models of videos do not look at it.
         initializer_range: standard deviation of new linear weights.
         temporal_head: how the video model looks at neighbouring frames: `transformer`, `convolution`, `none`.
         temporal_hidden_size, temporal_num_layers, temporal_num_heads: its width and depth.
@@ -99,6 +101,7 @@ class FerConfig(PreTrainedConfig):
     image_size: int | None = None
     pooling: str = "mean"
     classifier_dropout: float = 0.0
+    mirror: bool = False
     initializer_range: float = 0.02
     temporal_head: str = "transformer"
     temporal_hidden_size: int = 256

@@ -200,10 +200,14 @@ class FerForImageClassification(FerPreTrainedModel):
             kwargs: passed to the encoder.
 
         Returns:
-            `logits` `(B, C)` and, with `labels`, the mean cross-entropy `loss` of what counts (0 if nothing).
+            `logits` `(B, C)` and, with `labels`, the mean cross-entropy `loss` of what counts (0 if nothing);
+            with `config.mirror`, outside training, the mean of the logits of faces and mirror images.
         """
         encoded = self.fer(pixel_values, **kwargs)
         logits = self.classifier(self.dropout(encoded.pooler_output))
+        if self.config.mirror and not self.training:
+            mirrored = self.fer(pixel_values.flip(-1), **kwargs)
+            logits = (logits + self.classifier(mirrored.pooler_output)) / 2
         loss = None
         if labels is not None:
             losses = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from modeling_fer import FerForVideoClassification
-from modeling_fer.cli.options import add_model, at_least_one
+from modeling_fer.cli.options import add_mirror, add_model, at_least_one
 from modeling_fer.data import schema
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.pixels import decode_split
@@ -35,6 +35,7 @@ COPY_SIZE = 48  # pixels at which copies of training images are looked for
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The grammar."""
     add_model(parser)
+    add_mirror(parser)
     parser.add_argument("--data", required=True, help="folder written by `fer data prepare`")
     parser.add_argument("--split", default="validation", choices=schema.SPLITS)
     parser.add_argument("--out", required=True, help="folder for metrics.json and pictures")
@@ -56,8 +57,11 @@ def evaluate(args: argparse.Namespace) -> int:
     """Evaluate a classifier on one split of a prepared data set."""
     split = schema.load(args.data, args.split)[args.split]
     references = np.asarray(split.with_format("numpy")["expression"][:])
-    probabilities = predict_rows(args.model, split, args)
+    probabilities = predict_rows(args.model, split, args, args.mirror)
     about = {"model": args.model, "data": args.data, "split": args.split}
+    name = args.model
+    if args.mirror:
+        about["mirror"], name = True, f"{args.model} (with mirror images)"
     if args.drop_train_copies:
         decoded = partial(decode_split, size=COPY_SIZE, cache_dir=Path(args.data) / "cache")
         trained = set(map(digest, decoded(schema.load(args.data, "train")["train"])))
@@ -68,12 +72,12 @@ def evaluate(args: argparse.Namespace) -> int:
     groups, unit = resampling_groups(split)
     people = read_groups(args.groups, split) if args.groups else None
     metrics = write_report(Path(args.out), references, probabilities, CLASSES, about, groups, unit, people)
-    print(f"{args.model} on {args.split} of {args.data}\n{summary(metrics)}")
+    print(f"{name} on {args.split} of {args.data}\n{summary(metrics)}")
     if args.against:
         first = predict_rows(args.against, split, args).argmax(-1)
         result = compare(references, first, probabilities.argmax(-1), groups=groups)
-        print(f"from {args.against} to {args.model}, paired over {unit}:")
-        print(write_comparison(Path(args.out), result, (args.against, args.model)))
+        print(f"from {args.against} to {name}, paired over {unit}:")
+        print(write_comparison(Path(args.out), result, (args.against, name)))
     draw_timelines(split, probabilities, f"{args.data}, {args.split}", Path(args.out))
     print(f"written: {args.out}")
     return 0
@@ -110,9 +114,11 @@ def read_groups(path: Path, split: Dataset) -> dict[str, np.ndarray]:
     }
 
 
-def predict_rows(folder: str, split: Dataset, args: argparse.Namespace) -> np.ndarray:
+def predict_rows(
+    folder: str, split: Dataset, args: argparse.Namespace, mirror: bool | None = None
+) -> np.ndarray:
     """Probabilities `(N, 8)` of a split by a model of stills or of videos."""
-    model, processor = load_model(folder)
+    model, processor = load_model(folder, mirror)
     cache = Path(args.data) / "cache"
     if isinstance(model, FerForVideoClassification):
         where = f"{args.data}, {args.split}"

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from modeling_fer import FerForVideoClassification
-from modeling_fer.cli.options import add_model, at_least_one, find_files
+from modeling_fer.cli.options import add_mirror, add_model, at_least_one, find_files
 from modeling_fer.cli.videos import predict_video, read_frames
 from modeling_fer.data.augment import Normalize
 from modeling_fer.data.pixels import ENDINGS, UnreadableImageError, decode
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The grammar."""
     parser.add_argument("paths", nargs="+", help="images or videos, or folders of them")
     add_model(parser)
+    add_mirror(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with all probabilities")
     parser.add_argument(
         "--detect",
@@ -47,7 +48,7 @@ def predict(args: argparse.Namespace) -> int:
     """Print a line or a JSON object for each face; name and skip what cannot be read."""
     if args.detector and not args.detect:
         raise ValueError("--detector names the face detector's file: pass --detect as well")
-    model, processor = load_model(args.model)
+    model, processor = load_model(args.model, args.mirror)
     paths = list(find_files(args.paths, (*ENDINGS, *VIDEO_ENDINGS), "images or videos"))
     stills = [path for path in paths if not is_video(path)]
     if stills and isinstance(model, FerForVideoClassification):

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import pipeline
 
 from modeling_fer.evaluation.metrics import write_whole
-from modeling_fer.hub.facts import EXAMPLE, RESEARCH, Facts, public, read_facts, title_of
+from modeling_fer.hub.facts import EXAMPLE, RESEARCH, Facts, conditions_of, public, read_facts, title_of
 from modeling_fer.hub.runs import run_of
 from modeling_fer.labels import CLASSES
 
@@ -54,7 +54,7 @@ def metadata(facts: Facts) -> ModelCardData:
             task_type=facts.task,
             dataset_type=Path(metrics["data"]).name,
             dataset_name=title_of(metrics),
-            dataset_config=metrics.get("dropped") and f"without {metrics['dropped']}",
+            dataset_config=", ".join(conditions_of(metrics)) or None,
             dataset_split=metrics["split"],
             metric_type=kind,
             metric_name=title,

@@ -49,7 +49,8 @@ def stock_vit(model: nn.Module) -> ViTForImageClassification:
         model: a `FerForImageClassification` around a `ViTModel`, with or without LoRA.
 
     Raises:
-        ValueError: another encoder, a model of videos, or a pooling that the stock model cannot express.
+        ValueError: another encoder, a model of videos, or a pooling or mirror images that the stock model
+            cannot express.
     """
     source = plain_model(model)
     if isinstance(source, FerForVideoClassification):
@@ -67,6 +68,11 @@ def stock_vit(model: nn.Module) -> ViTForImageClassification:
     if pooling not in ("mean", "cls"):
         raise ValueError(
             f"a stock ViT has no pooler, and this model's pooling is {pooling!r}: choose --format onnx"
+        )
+    if source.config.mirror:
+        raise ValueError(
+            "a stock ViT does not look at mirror images, as config.mirror of this model asks for: choose "
+            "--format onnx, or set it to false"
         )
     stock = ViTForImageClassification(stock_config(source.config)).eval()
     with torch.no_grad():

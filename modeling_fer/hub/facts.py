@@ -158,8 +158,13 @@ def read_run(model: Path) -> tuple[dict[str, Any], Path]:
 
 def title_of(metrics: dict[str, Any]) -> str:
     """Which images an evaluation is of."""
-    name = f"{metrics['split']} split of {Path(metrics['data']).name}"
-    return f"{name}, without {metrics['dropped']}" if metrics.get("dropped") else name
+    return ", ".join([f"{metrics['split']} split of {Path(metrics['data']).name}", *conditions_of(metrics)])
+
+
+def conditions_of(metrics: dict[str, Any]) -> list[str]:
+    """What was done otherwise than to judge each image once."""
+    dropped = [f"without {metrics['dropped']}"] if metrics.get("dropped") else []
+    return dropped + (["each face with its mirror image"] if metrics.get("mirror") else [])
 
 
 def inside(model: Path, name: str) -> list[Path]:

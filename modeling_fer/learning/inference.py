@@ -18,12 +18,18 @@ from modeling_fer.labels import CLASSES
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def load_model(folder: str | Path) -> tuple[Any, Any]:
+def load_model(folder: str | Path, mirror: bool | None = None) -> tuple[Any, Any]:
     """Load a saved model, of stills or of videos as its configuration says, and its image processor.
+
+    Args:
+        folder: as training saved it.
+        mirror: whether each face is classified together with its mirror image; None: as the configuration
+            says.
 
     Raises:
         FileNotFoundError: no such folder, or one without configuration, weights or image processor.
-        ValueError: its weights are damaged or not all there, or its class names are not among ours.
+        ValueError: its weights are damaged or not all there, its class names are not among ours, or mirror
+            images are wanted of a model of videos.
     """
     from transformers import ViTImageProcessor  # where torchvision is missing, the import itself warns
 
@@ -54,16 +60,21 @@ def load_model(folder: str | Path) -> tuple[Any, Any]:
         raise ValueError(
             f"{folder / 'config.json'}: id2label names {unknown} are not among our classes {list(CLASSES)}"
         )
+    if is_video and mirror:
+        raise ValueError(
+            f"{folder} is a model of videos, which looks at no mirror images: leave out --mirror"
+        )
+    model.config.mirror = model.config.mirror if mirror is None else mirror
     return model.eval(), ViTImageProcessor.from_pretrained(folder)
 
 
-def load_classifier(folder: str | Path) -> tuple[Any, Any]:
+def load_classifier(folder: str | Path, mirror: bool | None = None) -> tuple[Any, Any]:
     """Load a still-image classifier and its image processor, as `load_model` does.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model`; also ValueError for a model of videos.
     """
-    model, processor = load_model(folder)
+    model, processor = load_model(folder, mirror)
     if isinstance(model, FerForVideoClassification):
         raise ValueError(f"{folder} is a model of videos: pass the image model that it was made from")
     return model, processor

@@ -31,11 +31,13 @@ from modeling_fer.temporal_fer import TEMPORAL_HEADS
 PRESENT = {0: "Neutral", 1: "Happiness", 2: "Surprise"}  # of a set that lacks the others
 
 
-def still_model(seed=0, image_size=None, pooling="mean", id2label=None, **encoder):
+def still_model(seed=0, image_size=None, pooling="mean", id2label=None, mirror=False, **encoder):
     """A tiny classifier all of whose weights are random, those of norms and positions too."""
     config = ViTConfig(**{**COMMON, "intermediate_size": 32, **encoder})
     model = FerForImageClassification(
-        FerConfig(encoder_config=config, pooling=pooling, image_size=image_size, id2label=id2label)
+        FerConfig(
+            encoder_config=config, pooling=pooling, image_size=image_size, id2label=id2label, mirror=mirror
+        )
     )
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -232,6 +234,7 @@ def test_an_export_that_differs_is_not_kept(tmp_path, monkeypatch, fault):
             r"must be uint8 \(N, 3, H, W\).*got uint8 \(2, 16, 16, 3\)",
         ),
         ({"faces": faces(2) / 255.0}, "got float64"),
+        ({"model": lambda: still_model(mirror=True)}, "does not look at mirror images"),
     ],
 )
 def test_what_cannot_be_exported(tmp_path, change, message):
@@ -271,6 +274,16 @@ def onnx():
     """Skip where the extra is not installed."""
     for name in export_onnx.NEEDED:
         pytest.importorskip(name)
+
+
+@pytest.mark.usefixtures("onnx")
+def test_mirror_images_are_in_the_graph(tmp_path):
+    model = still_model(mirror=True)
+    export(model, processor(), faces(3), tmp_path / "out", "onnx")
+    session = export_onnx.open_graph(tmp_path / "out/onnx/model.onnx", 1)
+    found = [export_onnx.run_graph(session, pixel_values=view) for view in (pixels(3), pixels(3).flip(-1))]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[0], logits(model, pixels(3)), rtol=0, atol=1e-4)
 
 
 @pytest.mark.usefixtures("onnx")
