@@ -39,7 +39,7 @@ SCALED = {*STAGES, "accelerate", "further_rounds", "select", "streams", "folds"}
 BOTH = "fer2013_and_votes"  # FER2013 with the votes of FER+, all labels in one
 SCORES = ("accuracy", "macro_f1_present", "nll", "ece")  # what the summary tells of each round
 OWN_WEIGHT = "0.5"  # of FER2013's own label, beside the votes of FER+
-# For glibc: freed memory is kept, and lies on huge pages; `benchmarks.efficiency` says what that gains.
+# For glibc: freed memory is kept, and lies on huge pages; `benchmarks.efficiency` tells what it gains here.
 HUGE_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
@@ -90,7 +90,7 @@ class Release:
         """What the scale changes: options of each stage, and flags of other commands.
 
         Raises:
-            ValueError: the file names something else, no file for accelerate, or no number of rounds.
+            ValueError: the file names something else, no file for accelerate, or a wrong number of rounds.
         """
         path = ROOT / "configs" / "release" / f"{self.scale}.yaml"
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -136,7 +136,7 @@ class Release:
         return ["image", *(f"second/round-{n + 1}/run" for n in range(self.scaled()["further_rounds"]))]
 
     def best(self) -> Path:
-        """The run of the round with the best likelihood on validation: class biases are yet to be fitted."""
+        """The run of the round with the best likelihood on validation, which class biases change least."""
         runs = [self.out / run for run in self.runs()]
         return min(runs, key=lambda run: json.loads((run / "metrics.json").read_text())["nll"])
 

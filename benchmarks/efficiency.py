@@ -1,4 +1,4 @@
-"""How much of a CPU training uses, stage by stage at the released model's size, and what makes it faster.
+"""How much of a CPU training uses: pretraining, image stage, a ViT in further rounds; what makes it faster.
 
 Each turn runs train.py with the stage's configuration on drawn faces, in a process of its own: as it is, with
 memory that the allocator keeps and puts on huge pages, compiled, and both. The share of the ceiling is what

@@ -87,7 +87,7 @@ def bare_seconds(
     model_folder: Path, pixels: np.ndarray, batch_size: int, precision: str
 ) -> tuple[float, float]:
     """Wall and CPU seconds of inference alone, on both views of decoded images."""
-    model, processor = load_classifier(model_folder)
+    model, processor = load_classifier(model_folder, mirror=False)
     device = accelerate.Accelerator().device
     torch.set_num_threads(cpu_cores())  # a labelling job before may have left one
     model.to(device)

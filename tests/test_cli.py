@@ -10,6 +10,7 @@ import pytest
 from conftest import picture
 from datasets import Dataset
 from PIL import Image, ImageOps
+from transformers import AutoModelForImageClassification
 from transformers.utils import logging
 
 from modeling_fer import CLASSES
@@ -165,6 +166,16 @@ def test_eval_and_predict_with_mirror_images(checkpoint, prepared, photos, tmp_p
     assert written["mirror"]
     assert written["nll"] == pytest.approx(expected["nll"], abs=1e-5)
     assert written["confusion_matrix"] == expected["confusion_matrix"]
+    capsys.readouterr()
+
+    both = tmp_path / "both"
+    AutoModelForImageClassification.from_pretrained(checkpoint, mirror=True).save_pretrained(both)
+    shutil.copy(checkpoint / "preprocessor_config.json", both)
+    for flags, told in (([], True), (["--no-mirror"], None)):
+        assert main(["eval", f"--model={both}", f"--data={prepared}", f"--out={tmp_path}", *flags]) == 0
+        metrics = json.loads((tmp_path / "metrics.json").read_text())
+        assert metrics.get("mirror") == told
+        assert (metrics["nll"] == pytest.approx(written["nll"], abs=1e-5)) == bool(told)
     capsys.readouterr()
 
     turned = tmp_path / "turned.png"

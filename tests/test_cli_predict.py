@@ -12,6 +12,7 @@ import torch
 from conftest import picture
 from PIL import Image
 from test_temporal import video_model
+from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
 from modeling_fer import CLASSES
@@ -58,6 +59,20 @@ def temporal(checkpoint, tmp_path):
 def test_a_model_of_videos_looks_at_no_mirror_images(temporal, tmp_path, capsys):
     assert main(["predict", str(tmp_path), "--model", str(temporal), "--mirror"]) == 2
     assert f"{temporal} is a model of videos, which looks at no mirror images" in capsys.readouterr().err
+
+
+def test_a_stock_model_answers_but_looks_at_no_mirror_images(checkpoint, tmp_path, capsys):
+    stock = tmp_path / "stock"
+    names = dict(enumerate(CLASSES))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = ViTConfig(**sizes, image_size=16, patch_size=8, id2label=names)
+    ViTForImageClassification(config).save_pretrained(stock)
+    shutil.copy(checkpoint / "preprocessor_config.json", stock)
+    Image.fromarray(noise()).save(tmp_path / "a.png")
+    command = ["predict", str(tmp_path / "a.png"), "--model", str(stock)]
+    assert main(command) == 0
+    assert main([*command, "--mirror"]) == 2
+    assert "is a ViTForImageClassification, which looks at no mirror images" in capsys.readouterr().err
 
 
 def with_crop(folder):

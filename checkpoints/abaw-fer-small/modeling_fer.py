@@ -201,12 +201,14 @@ class FerForImageClassification(FerPreTrainedModel):
 
         Returns:
             `logits` `(B, C)` and, with `labels`, the mean cross-entropy `loss` of what counts (0 if nothing);
-            with `config.mirror`, outside training, the mean of the logits of faces and mirror images.
+            with `config.mirror`, outside training, the logits are the mean over faces and mirror images, and
+            all else is of the faces.
         """
         encoded = self.fer(pixel_values, **kwargs)
         logits = self.classifier(self.dropout(encoded.pooler_output))
         if self.config.mirror and not self.training:
-            mirrored = self.fer(pixel_values.flip(-1), **kwargs)
+            asked = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
+            mirrored = self.fer(pixel_values.flip(-1), **asked)
             logits = (logits + self.classifier(mirrored.pooler_output)) / 2
         loss = None
         if labels is not None:

@@ -48,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CSV",
         help="table of people: a column subject or video, and further ones (age, say) to score by",
     )
-    parser.add_argument("--against", help="an earlier model, to say by how much this one is better")
+    parser.add_argument(
+        "--against",
+        help="an earlier model, judged as its configuration says, to say by how much this one is better",
+    )
     parser.add_argument("--batch-size", type=at_least_one, default=256)
     parser.set_defaults(run=evaluate)
 
@@ -57,10 +60,10 @@ def evaluate(args: argparse.Namespace) -> int:
     """Evaluate a classifier on one split of a prepared data set."""
     split = schema.load(args.data, args.split)[args.split]
     references = np.asarray(split.with_format("numpy")["expression"][:])
-    probabilities = predict_rows(args.model, split, args, args.mirror)
+    probabilities, mirrored = predict_rows(args.model, split, args, args.mirror)
     about = {"model": args.model, "data": args.data, "split": args.split}
     name = args.model
-    if args.mirror:
+    if mirrored:
         about["mirror"], name = True, f"{args.model} (with mirror images)"
     if args.drop_train_copies:
         decoded = partial(decode_split, size=COPY_SIZE, cache_dir=Path(args.data) / "cache")
@@ -74,7 +77,7 @@ def evaluate(args: argparse.Namespace) -> int:
     metrics = write_report(Path(args.out), references, probabilities, CLASSES, about, groups, unit, people)
     print(f"{name} on {args.split} of {args.data}\n{summary(metrics)}")
     if args.against:
-        first = predict_rows(args.against, split, args).argmax(-1)
+        first = predict_rows(args.against, split, args)[0].argmax(-1)
         result = compare(references, first, probabilities.argmax(-1), groups=groups)
         print(f"from {args.against} to {name}, paired over {unit}:")
         print(write_comparison(Path(args.out), result, (args.against, name)))
@@ -116,17 +119,17 @@ def read_groups(path: Path, split: Dataset) -> dict[str, np.ndarray]:
 
 def predict_rows(
     folder: str, split: Dataset, args: argparse.Namespace, mirror: bool | None = None
-) -> np.ndarray:
-    """Probabilities `(N, 8)` of a split by a model of stills or of videos."""
+) -> tuple[np.ndarray, bool]:
+    """Probabilities `(N, 8)` of a split by a model of stills or of videos, and whether mirrored."""
     model, processor = load_model(folder, mirror)
     cache = Path(args.data) / "cache"
     if isinstance(model, FerForVideoClassification):
         where = f"{args.data}, {args.split}"
-        return predict_split(model, processor, split, where, cache, args.batch_size)
+        return predict_split(model, processor, split, where, cache, args.batch_size), False
     pixels = decode_split(split, processor.size["height"], cache)
     normalize = Normalize(processor.image_mean, processor.image_std)
     found = predict_probabilities(model, pixels, normalize, args.batch_size, show_progress=True)
-    return over_all_classes(found, class_names(model))
+    return over_all_classes(found, class_names(model)), getattr(model.config, "mirror", False)
 
 
 def draw_timelines(split: Dataset, probabilities: np.ndarray, where: str, out: Path) -> None:

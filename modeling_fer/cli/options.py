@@ -23,9 +23,9 @@ def add_mirror(parser: argparse.ArgumentParser) -> None:
     """Add `--mirror`; None where it is not given, so that the model's configuration decides."""
     parser.add_argument(
         "--mirror",
-        action="store_true",
-        default=None,
-        help="classify each face together with its mirror image: a little more accurate, twice the time",
+        action=argparse.BooleanOptionalAction,
+        help="classify each face together with its mirror image: a little more accurate, twice the time, and "
+        "calibrated only if the model was so (default: as the model's configuration says)",
     )
 
 

@@ -98,7 +98,7 @@ def predict_videos(args: argparse.Namespace, videos: list[str]) -> dict[str, tup
     """Frame numbers and probabilities of videos, from a prepared split or from folders of images."""
     if args.data:
         rows = schema.load(args.data, args.split)[args.split]
-        probabilities = predict_rows(args.model, rows, args)
+        probabilities, _ = predict_rows(args.model, rows, args)
         found = tracks_of(rows, f"{args.data}, {args.split}")
         return {track.video: (track.frames, probabilities[track.rows]) for track in found}
     folders: dict[str, Path] = {}

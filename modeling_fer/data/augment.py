@@ -241,12 +241,10 @@ class CameraNoise(nn.Module):
         low, high = (math.log(end) for end in self.exposure)
         exposure, deviation = _between(low, high, count).exp(), _between(*self.deviation, count)
         generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
-        rows = (
-            (torch.rand(count) < self.probability).nonzero().flatten()
-        )  # on the CPU: a GPU is not waited for
-        light, strength = torch.stack([exposure, deviation])[:, rows].to(device, non_blocking=True)[
-            ..., None, None, None
-        ]
+        chosen = torch.rand(count) < self.probability
+        rows = chosen.nonzero().flatten()  # on the CPU: a GPU is not waited for
+        factors = torch.stack([exposure, deviation])[:, rows].view(2, -1, 1, 1, 1)
+        light, strength = factors.to(device, non_blocking=True)
         rows = rows.to(device, non_blocking=True)
         noise = torch.randn((len(rows), 1, *views.shape[2:]), generator=generator, device=device)
         black, scale = self.normalize.shift, self.normalize.scale

@@ -368,6 +368,7 @@ class FerTrainingArguments:
         A field that came after the saved run had its default there.
         """
         ours = dataclasses.asdict(self)
-        saved = {one.name: one.default for one in dataclasses.fields(self)} | saved
+        new = [one for one in dataclasses.fields(self) if one.name not in saved]
+        saved = saved | {one.name: one.default for one in new if one.default is not dataclasses.MISSING}
         names = sorted((ours.keys() | saved.keys()) - FREE_ON_RESUME)
         return [f"{n}: {saved.get(n)!r} -> {ours.get(n)!r}" for n in names if saved.get(n) != ours.get(n)]

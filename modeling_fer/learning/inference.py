@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForVideoClassification
 
-from modeling_fer import FerForVideoClassification
+from modeling_fer import FerForImageClassification, FerForVideoClassification
 from modeling_fer.data.augment import Normalize
 from modeling_fer.labels import CLASSES
 
@@ -29,7 +29,7 @@ def load_model(folder: str | Path, mirror: bool | None = None) -> tuple[Any, Any
     Raises:
         FileNotFoundError: no such folder, or one without configuration, weights or image processor.
         ValueError: its weights are damaged or not all there, its class names are not among ours, or mirror
-            images are wanted of a model of videos.
+            images are wanted of another model than our classifier of stills.
     """
     from transformers import ViTImageProcessor  # where torchvision is missing, the import itself warns
 
@@ -60,11 +60,11 @@ def load_model(folder: str | Path, mirror: bool | None = None) -> tuple[Any, Any
         raise ValueError(
             f"{folder / 'config.json'}: id2label names {unknown} are not among our classes {list(CLASSES)}"
         )
-    if is_video and mirror:
-        raise ValueError(
-            f"{folder} is a model of videos, which looks at no mirror images: leave out --mirror"
-        )
-    model.config.mirror = model.config.mirror if mirror is None else mirror
+    if isinstance(model, FerForImageClassification):
+        model.config.mirror = model.config.mirror if mirror is None else mirror
+    elif mirror:
+        kind = "model of videos" if is_video else type(model).__name__
+        raise ValueError(f"{folder} is a {kind}, which looks at no mirror images: leave out --mirror")
     return model.eval(), ViTImageProcessor.from_pretrained(folder)
 
 

@@ -58,7 +58,7 @@ def load_teacher(
     """
     folder = arguments.teacher
     try:
-        teacher, seen_by = load_classifier(folder)
+        teacher, seen_by = load_classifier(folder, mirror=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--teacher {folder}: {error}") from error
     for what, theirs, ours in (

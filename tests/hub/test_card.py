@@ -487,7 +487,18 @@ def test_a_teacher_that_it_started_from_is_told_once(project, checkpoint):
     card = make_card(facts)
     assert "from the probabilities that the model it started from gave to the same views." in card.text
     noisy = make_card(read_facts(save_run(project, checkpoint, "noisy", noise=0.25, **given)))
-    assert "gave to the same views, without the noise that it saw on some of them." in noisy.text
+    assert "gave to the same views, before some of them were darkened and made noisy." in noisy.text
+    assert "With `mirror=True` in `from_pretrained` it looks at" in noisy.text
+    del given["teacher"]
+    alone = make_card(read_facts(save_run(project, checkpoint, "alone", noise=0.25, **given)))
+    assert "Some of the faces that it learnt from were darkened and made noisy." in alone.text
+    home = save_run(project, checkpoint, "mirrored", **given)
+    config = json.loads((home / "model/config.json").read_text()) | {"mirror": True}
+    write_json(home / "model/config.json", config)
+    evaluate(home, "validation", mirror=True)
+    told = write_card(home, "org/fer").read_text()
+    assert "It looks at each face and its mirror image" in told
+    assert "validation split of faces, each face with its mirror image" in told
     assert card.data.license_name == RESEARCH
 
 
