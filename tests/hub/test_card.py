@@ -489,7 +489,7 @@ def test_a_teacher_that_it_started_from_is_told_once(project, checkpoint):
     noisy = make_card(read_facts(save_run(project, checkpoint, "noisy", noise=0.25, **given)))
     assert "gave to the same views, before some of them were darkened and made noisy." in noisy.text
     assert "With `mirror=True` in `from_pretrained` it looks at" in noisy.text
-    del given["teacher"]
+    del given["teacher"], given["distillation"]
     alone = make_card(read_facts(save_run(project, checkpoint, "alone", noise=0.25, **given)))
     assert "Some of the faces that it learnt from were darkened and made noisy." in alone.text
     home = save_run(project, checkpoint, "mirrored", **given)
