@@ -60,8 +60,8 @@ def load_model(folder: str | Path, mirror: bool | None = None) -> tuple[Any, Any
         raise ValueError(
             f"{folder / 'config.json'}: id2label names {unknown} are not among our classes {list(CLASSES)}"
         )
-    if isinstance(model, FerForImageClassification):
-        model.config.mirror = model.config.mirror if mirror is None else mirror
+    if mirror is not None and isinstance(model, FerForImageClassification):
+        model.config.mirror = mirror
     elif mirror:
         kind = "model of videos" if is_video else type(model).__name__
         raise ValueError(f"{folder} is a {kind}, which looks at no mirror images: leave out --mirror")
